@@ -1,0 +1,108 @@
+//! What is kept of a topic and of a consumer group: versioned records of the log.
+
+use std::collections::BTreeSet;
+
+use crate::codec::{self, CodecError, Reader};
+use crate::{Group, Topic, limits};
+
+/// Numbers of `apache.rocketmq.v2.MessageType`; persisted: never renumber.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+pub enum MessageType {
+    Normal = 1,
+    Fifo = 2,
+    Delay = 3,
+    Transaction = 4,
+    Lite = 5,
+    Priority = 6,
+}
+
+impl MessageType {
+    pub const ALL: [MessageType; 6] = [
+        MessageType::Normal,
+        MessageType::Fifo,
+        MessageType::Delay,
+        MessageType::Transaction,
+        MessageType::Lite,
+        MessageType::Priority,
+    ];
+    /// What a MIXED topic takes.
+    pub const MIXED: [MessageType; 4] =
+        [MessageType::Normal, MessageType::Fifo, MessageType::Delay, MessageType::Transaction];
+
+    pub fn from_number(number: i32) -> Option<Self> {
+        Self::ALL.into_iter().find(|t| *t as i32 == number)
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            MessageType::Normal => "NORMAL",
+            MessageType::Fifo => "FIFO",
+            MessageType::Delay => "DELAY",
+            MessageType::Transaction => "TRANSACTION",
+            MessageType::Lite => "LITE",
+            MessageType::Priority => "PRIORITY",
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TopicConfig {
+    pub topic: Topic,
+    pub queues: u32,
+    pub types: BTreeSet<MessageType>,
+    /// Grows with every change; the larger one wins where two brokers differ.
+    pub version: u64,
+}
+
+impl TopicConfig {
+    pub fn normal(topic: Topic) -> Self {
+        Self { topic, queues: limits::QUEUES_DEFAULT, types: [MessageType::Normal].into(), version: 1 }
+    }
+
+    pub fn put(&self, out: &mut Vec<u8>) {
+        codec::put_bytes(out, self.topic.as_str().as_bytes());
+        codec::put_u64(out, u64::from(self.queues));
+        codec::put_u64(out, self.types.iter().fold(0, |bits, t| bits | 1 << (*t as u8)));
+        codec::put_u64(out, self.version);
+    }
+
+    pub fn take(r: &mut Reader<'_>) -> Result<Self, CodecError> {
+        let topic = Topic::stored(r.str()?);
+        let queues = r.u32()?;
+        let bits = r.u64()?;
+        let types = MessageType::ALL.into_iter().filter(|t| bits & (1 << (*t as u8)) != 0).collect();
+        Ok(Self { topic, queues, types, version: r.u64()? })
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GroupConfig {
+    pub group: Group,
+    pub fifo: bool,
+    /// Deliveries in all, the first included; after the last the message is a dead letter.
+    pub max_attempts: u32,
+    pub version: u64,
+}
+
+impl GroupConfig {
+    pub fn concurrent(group: Group) -> Self {
+        Self { group, fifo: false, max_attempts: limits::ATTEMPTS_DEFAULT, version: 1 }
+    }
+
+    pub fn put(&self, out: &mut Vec<u8>) {
+        codec::put_bytes(out, self.group.as_str().as_bytes());
+        codec::put_u64(out, u64::from(self.fifo));
+        codec::put_u64(out, u64::from(self.max_attempts));
+        codec::put_u64(out, self.version);
+    }
+
+    pub fn take(r: &mut Reader<'_>) -> Result<Self, CodecError> {
+        Ok(Self {
+            group: Group::stored(r.str()?),
+            fifo: r.u64()? != 0,
+            max_attempts: r.u32()?,
+            version: r.u64()?,
+        })
+    }
+}

@@ -1,0 +1,30 @@
+//! Hashes that must equal the reference's.
+
+/// Java's `String.hashCode`: over UTF-16 units.
+pub fn java_hash(text: &str) -> i32 {
+    if text.is_ascii() {
+        return text.bytes().fold(0i32, |h, b| h.wrapping_mul(31).wrapping_add(i32::from(b)));
+    }
+    text.encode_utf16().fold(0i32, |h, u| h.wrapping_mul(31).wrapping_add(i32::from(u)))
+}
+
+/// The tag code of a queue entry: the hash, sign-extended; 0 where there is no tag.
+pub fn tag_code(tag: Option<&str>) -> i64 {
+    match tag {
+        Some(tag) if !tag.is_empty() => i64::from(java_hash(tag)),
+        _ => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn equals_java() {
+        assert_eq!(java_hash(""), 0);
+        assert_eq!(java_hash("TagA"), 2_598_919);
+        assert_eq!(java_hash("hello world"), 1_794_106_052);
+        assert_eq!(java_hash("é"), 233);
+    }
+}

@@ -1,0 +1,18 @@
+//! The nouns of FerryMQ: validated when made, without I/O and without async.
+//! Every other crate speaks in these; none of them is allowed to invent its own.
+
+pub mod codec;
+pub mod config;
+pub mod filter;
+pub mod hash;
+pub mod limits;
+pub mod message;
+pub mod name;
+pub mod receipt;
+pub mod time;
+
+pub use config::{GroupConfig, MessageType, TopicConfig};
+pub use filter::TagFilter;
+pub use name::{Group, NameError, Topic};
+pub use receipt::{Receipt, ReceiptKey};
+pub use time::{Clock, ManualClock, SystemClock, Timestamp};
