@@ -1,1 +1,27 @@
+//! The storage engine: owns every byte on disk, knows no network, no async and no thread.
+//! Only `broker` (and the offline tools in `ferry`) may use it.
+//!
+//! ```text
+//!  Engine ── the one writer: stages messages and changes, commits them as one group
+//!    ├─ log      CommitLog files: the only truth
+//!    ├─ queue    20-byte entries per queue     ┐ functions of a prefix of the log;
+//!    ├─ pop      what is in flight, per group  │ each says which prefix it covers
+//!    └─ meta     topics, groups, the key       ┘
+//!  fs, kv ── the seams to disk and RocksDB; both have a memory version that can lose and fail
+//! ```
 
+pub mod change;
+pub mod checkpoint;
+pub mod engine;
+pub mod error;
+pub mod fs;
+pub mod kv;
+pub mod log;
+pub mod meta;
+#[cfg(test)]
+mod model_test;
+pub mod pop;
+pub mod queue;
+
+pub use engine::{Engine, FlushMode, NewMessage, Options, Popped, RecoveryReport};
+pub use error::StoreError;

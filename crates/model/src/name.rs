@@ -62,10 +62,7 @@ fn qualify(namespace: &str, name: &str) -> Result<Arc<str>, NameError> {
     }
     let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-');
     if namespace.len() > limits::NAMESPACE_MAX_CHARS || !namespace.chars().all(legal) {
-        return Err(NameError::Namespace {
-            namespace: namespace.into(),
-            max: limits::NAMESPACE_MAX_CHARS,
-        });
+        return Err(NameError::Namespace { namespace: namespace.into(), max: limits::NAMESPACE_MAX_CHARS });
     }
     // `%DLQ%g` in namespace n is `%DLQ%n%g`: the prefix stays in front.
     for prefix in [DLQ_PREFIX, RETRY_PREFIX] {

@@ -4,7 +4,7 @@
 //! ```text
 //! "1." broker-name "." url-safe base64 of:
 //!   topic kind (0 the topic itself, 1 the group's retry topic)
-//!   group, topic, queue id, queue offset, log offset, invisible until (ms)     LEB128 fields
+//!   group, topic, queue id, queue offset, log offset, handed out at, invisible until (ms)    LEB128 fields
 //!   MAC (16 bytes): SipHash-2-4-128 of version, broker name and the fields
 //! ```
 //! The time in it never decides whether a message is still invisible: the broker's row does.
@@ -38,6 +38,8 @@ pub struct Receipt {
     pub queue: u32,
     pub offset: u64,
     pub log_offset: u64,
+    /// Tells one delivery of a message from another.
+    pub popped_at: Timestamp,
     pub invisible_until: Timestamp,
 }
 
@@ -58,6 +60,7 @@ impl Receipt {
         codec::put_u64(&mut data, u64::from(self.queue));
         codec::put_u64(&mut data, self.offset);
         codec::put_u64(&mut data, self.log_offset);
+        codec::put_i64(&mut data, self.popped_at.0);
         codec::put_i64(&mut data, self.invisible_until.0);
         let mac = mac(broker, &data, key);
         data.extend_from_slice(&mac);
@@ -90,6 +93,7 @@ impl Receipt {
             queue: r.u32()?,
             offset: r.u64()?,
             log_offset: r.u64()?,
+            popped_at: Timestamp(r.i64()?),
             invisible_until: Timestamp(r.i64()?),
         })
     }
@@ -165,6 +169,7 @@ mod tests {
             queue,
             offset,
             log_offset: offset * 7,
+            popped_at: Timestamp(3),
             invisible_until: Timestamp(-5 + offset as i64),
         }
     }

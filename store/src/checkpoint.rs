@@ -1,0 +1,92 @@
+//! Persisting derived state. A checkpoint is taken by the writer at a log offset and written by another thread
+//! only after the log is flushed up to there: a persistent family never covers more than what is flushed.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::error::{Result, StoreError};
+use crate::fs::Fs;
+use crate::kv::{Batch, Family, Kv};
+use crate::log::Syncer;
+use crate::queue::Unsynced;
+
+/// The families that are functions of the log, each with the offset it covers.
+const DERIVED: [Family; 5] =
+    [Family::Topics, Family::Groups, Family::Keys, Family::Offsets, Family::InFlight];
+const QUEUES: &[u8] = b"queues";
+/// The offset of the log's end at a clean stop.
+const CLEAN: &[u8] = b"clean";
+
+/// Derived state as of `covered`, ready to be written.
+pub struct Checkpoint {
+    pub(crate) covered: u64,
+    pub(crate) batch: Batch,
+    pub(crate) unsynced: Unsynced,
+    pub(crate) clean: bool,
+}
+
+/// The offset that all derived state covers, and whether the store was stopped cleanly there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Covered {
+    pub offset: u64,
+    pub clean: bool,
+}
+
+impl Checkpoint {
+    /// Runs on any thread. Gives the checkpoint back if it failed, so that its rows go into the next one.
+    pub fn write(
+        self,
+        syncer: &Syncer,
+        fs: &dyn Fs,
+        kv: &dyn Kv,
+    ) -> std::result::Result<u64, (StoreError, Self)> {
+        match self.try_write(syncer, fs, kv) {
+            Ok(()) => Ok(self.covered),
+            Err(error) => Err((error, self)),
+        }
+    }
+
+    fn try_write(&self, syncer: &Syncer, fs: &dyn Fs, kv: &dyn Kv) -> Result<()> {
+        while syncer.flushed() < self.covered {
+            syncer.sync()?;
+        }
+        for (path, file) in &self.unsynced.files {
+            file.sync().map_err(|e| StoreError::io("synced", path, e))?;
+        }
+        for dir in &self.unsynced.dirs {
+            sync_dir(fs, dir)?;
+        }
+        let mut batch = self.batch.clone();
+        let covered = self.covered.to_be_bytes();
+        DERIVED.iter().for_each(|f| batch.put(Family::Covered, f.name(), covered));
+        batch.put(Family::Covered, QUEUES, covered);
+        if self.clean {
+            batch.put(Family::Covered, CLEAN, covered);
+        }
+        kv.write(batch, true)
+    }
+}
+
+fn sync_dir(fs: &dyn Fs, dir: &Path) -> Result<()> {
+    match fs.sync_dir(dir) {
+        // Deleted with its topic meanwhile.
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        other => other.map_err(|e| StoreError::io("synced", dir, e)),
+    }
+}
+
+/// Reads what is covered, and takes the mark of a clean stop away: from now on the store is in use.
+pub(crate) fn load_covered(kv: &Arc<dyn Kv>) -> Result<Covered> {
+    let offset = |key: &[u8]| -> Result<Option<u64>> {
+        Ok(kv.get(Family::Covered, key)?.and_then(|v| v.try_into().ok()).map(u64::from_be_bytes))
+    };
+    let mut covered = offset(QUEUES)?.unwrap_or(0);
+    for family in DERIVED {
+        covered = covered.min(offset(family.name().as_bytes())?.unwrap_or(0));
+    }
+    let clean = offset(CLEAN)? == Some(covered);
+    let mut batch = Batch::default();
+    batch.delete(Family::Covered, CLEAN);
+    kv.write(batch, true)?;
+    Ok(Covered { offset: covered, clean })
+}

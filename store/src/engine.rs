@@ -1,0 +1,825 @@
+//! The one writer. Messages and changes are staged and then committed as one group: one write of the log, one
+//! change record. Derived state follows from what was committed.
+//!
+//! Call order: any number of `append`, `pop`, `acknowledge`, … then [`Engine::commit`]. Messages staged are not
+//! seen by `pop` before the commit. After a failed commit nothing staged has happened.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use model::message::{self, put_property};
+use model::name::{CHANGES_TOPIC, DLQ_PREFIX, RETRY_PREFIX};
+use model::{Group, Receipt, ReceiptKey, TagFilter, Timestamp, Topic, TopicConfig, hash, limits};
+
+use crate::change::{self, Change, CursorKey, Writer};
+use crate::checkpoint::{self, Checkpoint};
+use crate::error::{Result, StoreError};
+use crate::fs::Fs;
+use crate::kv::{Batch, Kv};
+use crate::log::record::{self, NewRecord, Place, Record};
+use crate::log::{Group as LogGroup, Log, LogOptions, LogReader, Room, Scan, Syncer};
+use crate::meta::Meta;
+use crate::pop::{Due, Lag, Pop, Standing};
+use crate::queue::{Bounds, Entry, FileQueues, QueueIndex};
+
+/// Version of everything under the data folder.
+pub const FORMAT: u32 = 1;
+/// A group that is new to a queue begins at its first message, unless that lies further back than this.
+pub const NEW_GROUP_BACKLOG_MAX_BYTES: u64 = 4 << 30;
+/// Queue entries looked at in one step of a pop.
+const SCAN_STEP: usize = 256;
+/// Queue entries one pop may pass over.
+const SCAN_MAX: usize = 16 * 1024;
+/// Messages moved to retry topics in one group.
+const MOVES_PER_GROUP: usize = 256;
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum FlushMode {
+    /// Acknowledged once written: survives a killed process.
+    #[default]
+    Async,
+    /// Acknowledged once synced: survives a power loss.
+    Sync,
+}
+
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub dir: PathBuf,
+    pub flush: FlushMode,
+    pub log: LogOptions,
+    /// Entries of one file of the queue index ([`crate::queue::ENTRIES_PER_FILE`]).
+    pub queue_file_entries: u64,
+    /// The address that records carry as their store host.
+    pub host: SocketAddr,
+    /// The receipt key of a new store.
+    pub new_key: [u8; 16],
+}
+
+/// A message to be stored.
+#[derive(Clone, Debug)]
+pub struct NewMessage {
+    pub queue: u32,
+    pub body: Bytes,
+    pub properties: Bytes,
+    pub sys_flag: u32,
+    pub born_timestamp_ms: i64,
+    pub born_host: SocketAddr,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stored {
+    pub queue: u32,
+    pub queue_offset: u64,
+    pub log_offset: u64,
+}
+
+#[derive(Clone, Debug)]
+pub struct PopRequest<'a> {
+    pub group: &'a Group,
+    pub topic: &'a Topic,
+    pub filter: &'a TagFilter,
+    pub max: usize,
+    pub invisible_ms: i64,
+    /// Set if the broker is to renew the invisible time while this client lives.
+    pub renewed_for: Option<Arc<str>>,
+}
+
+/// A message that was handed out: where it stands, and its receipt.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Popped {
+    pub log_offset: u64,
+    pub size: u32,
+    pub receipt: Receipt,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RecoveryReport {
+    pub covered: u64,
+    pub end: u64,
+    pub replayed: u64,
+    pub torn: bool,
+    /// Log offsets of damaged places that were skipped.
+    pub damaged: Vec<u64>,
+    pub clean: bool,
+}
+
+/// What a commit did.
+#[derive(Debug)]
+pub struct Committed {
+    /// The log's end: durable once it is flushed up to here.
+    pub end: u64,
+    /// Topics that have new messages.
+    pub topics: Vec<Topic>,
+    /// Set if the messages are stored but acknowledgements and offsets could not be (disk full).
+    pub changes: Result<()>,
+}
+
+/// The copy of a message that goes to another topic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Destination {
+    Retry,
+    DeadLetter,
+}
+
+#[derive(Default)]
+struct Staged {
+    group: Option<LogGroup>,
+    entries: Vec<(Topic, u32, u64, Entry)>,
+    /// Messages staged per queue.
+    counts: HashMap<(Topic, u32), u64>,
+    changes: Writer,
+}
+
+pub struct Engine {
+    options: Options,
+    fs: Arc<dyn Fs>,
+    kv: Arc<dyn Kv>,
+    log: Log,
+    reader: LogReader,
+    index: FileQueues,
+    pop: Pop,
+    meta: Meta,
+    staged: Staged,
+    changes_topic: Topic,
+    /// Where the next pop of a group and topic begins.
+    turns: HashMap<(Group, Topic), u32>,
+    covered: u64,
+    last_store_ms: i64,
+    unreadable: u64,
+    checkpoints_stopped: bool,
+    key: ReceiptKey,
+    _lock: Box<dyn std::any::Any + Send + Sync>,
+}
+
+/// Locks the folder and checks its format before anything in it is touched. RocksDB is opened after this.
+pub fn claim(fs: &dyn Fs, options: &Options) -> Result<Box<dyn std::any::Any + Send + Sync>> {
+    let dir = &options.dir;
+    fs.create_dir(dir).map_err(|e| StoreError::io("created", dir, e))?;
+    let lock = fs.lock(&dir.join("lock")).map_err(|e| match e.kind() {
+        std::io::ErrorKind::WouldBlock => StoreError::Locked { path: dir.clone() },
+        _ => StoreError::io("locked", dir.join("lock"), e),
+    })?;
+    let path = dir.join("format");
+    let failed = |operation| {
+        let path = path.clone();
+        move |e| StoreError::io(operation, path, e)
+    };
+    let file = fs.open(&path, true).map_err(failed("opened"))?;
+    let mut text = [0; 32];
+    let n = file.read_at(&mut text, 0).map_err(failed("read"))?;
+    if n == 0 {
+        let line = format!("ferrymq {FORMAT}\n");
+        file.write_at(line.as_bytes(), 0).map_err(failed("written"))?;
+        file.sync().map_err(failed("synced"))?;
+        fs.sync_dir(dir).map_err(failed("synced"))?;
+        return Ok(lock);
+    }
+    let text = String::from_utf8_lossy(&text[..n]);
+    let found = text.trim().strip_prefix("ferrymq ").and_then(|v| v.parse::<u32>().ok());
+    match found {
+        Some(found) if found > FORMAT => {
+            Err(StoreError::NewerFormat { path: dir.clone(), found, known: FORMAT })
+        }
+        Some(_) => Ok(lock),
+        None => Err(StoreError::Damaged { path, what: format!("{text:?} is not a FerryMQ format line") }),
+    }
+}
+
+impl Engine {
+    /// Opens the store and replays what its derived state does not cover yet.
+    pub fn open(
+        options: Options,
+        fs: Arc<dyn Fs>,
+        kv: Arc<dyn Kv>,
+        lock: Box<dyn std::any::Any + Send + Sync>,
+        now: Timestamp,
+    ) -> Result<(Self, RecoveryReport)> {
+        let log = Log::open(fs.clone(), &options.dir.join("commitlog"), options.log)?;
+        let covered = checkpoint::load_covered(&kv)?;
+        let queues = options.dir.join("consumequeue");
+        let index =
+            FileQueues::open(fs.clone(), &queues, options.queue_file_entries, covered.offset, covered.clean)?;
+        let pop = Pop::load(&*kv, now)?;
+        let meta = Meta::load(&*kv)?;
+        let mut engine = Self {
+            reader: log.reader(),
+            log,
+            index,
+            pop,
+            meta,
+            staged: Staged::default(),
+            changes_topic: Topic::stored(CHANGES_TOPIC),
+            turns: HashMap::new(),
+            covered: covered.offset,
+            last_store_ms: now.0,
+            unreadable: 0,
+            checkpoints_stopped: false,
+            key: ReceiptKey(options.new_key),
+            _lock: lock,
+            options,
+            fs,
+            kv,
+        };
+        let mut report = engine.replay(covered.offset)?;
+        report.clean = covered.clean;
+        match engine.meta.key() {
+            Some(key) => engine.key = key,
+            None => {
+                engine.change(Change::Key(engine.key));
+                engine.commit(now)?.changes?;
+            }
+        }
+        engine.log.syncer().sync()?;
+        Ok((engine, report))
+    }
+
+    fn replay(&mut self, from: u64) -> Result<RecoveryReport> {
+        let mut report = RecoveryReport { covered: from, ..RecoveryReport::default() };
+        // The scan borrows the log; what it finds is applied in slices.
+        let mut at = from;
+        loop {
+            let mut scan = Scan::new(&self.log, at);
+            let mut records = Vec::new();
+            let mut bytes = 0;
+            while bytes < 8 << 20 {
+                let Some(record) = scan.next_record()? else { break };
+                bytes += record.size as usize;
+                records.push(record);
+            }
+            let end = scan.finish();
+            at = end.end;
+            report.damaged.extend(end.damaged);
+            if records.is_empty() {
+                break;
+            }
+            report.replayed += records.len() as u64;
+            records.iter().try_for_each(|r| self.dispatch(r))?;
+        }
+        report.torn = self.log.cut(at)?;
+        report.end = at;
+        Ok(report)
+    }
+
+    /// What a record of the log means for derived state.
+    fn dispatch(&mut self, r: &Record) -> Result<()> {
+        let topic = Topic::stored(&r.topic);
+        let tag_code = hash::tag_code(r.property(message::TAGS));
+        let entry = Entry { log_offset: r.log_offset, size: r.size, tag_code };
+        self.index.append(&topic, r.queue, r.queue_offset, entry);
+        if let Some(settled) = moved_from(&topic, r) {
+            self.apply(&settled)?;
+        }
+        if topic == self.changes_topic {
+            let changes = change::decode(&r.body).map_err(|e| StoreError::Damaged {
+                path: self.options.dir.join("commitlog"),
+                what: format!("change record at offset {}: {e}", r.log_offset),
+            })?;
+            for change in &changes {
+                self.apply(change)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn apply(&mut self, change: &Change) -> Result<()> {
+        self.pop.apply(change);
+        self.meta.apply(change);
+        if let Change::DeleteTopic(topic) = change {
+            self.index.delete(topic)?;
+        }
+        Ok(())
+    }
+
+    /// Stages a change and carries it out.
+    fn change(&mut self, change: Change) {
+        self.staged.changes.push(&change);
+        if let Err(error) = self.apply(&change) {
+            tracing::error!(%error, "a deleted topic's index could not be removed");
+        }
+    }
+
+    pub fn reader(&self) -> LogReader {
+        self.reader.clone()
+    }
+
+    pub fn syncer(&self) -> Syncer {
+        self.log.syncer()
+    }
+
+    pub fn fs(&self) -> Arc<dyn Fs> {
+        self.fs.clone()
+    }
+
+    pub fn kv(&self) -> Arc<dyn Kv> {
+        self.kv.clone()
+    }
+
+    pub fn meta(&self) -> &Meta {
+        &self.meta
+    }
+
+    pub fn key(&self) -> ReceiptKey {
+        self.key
+    }
+
+    pub fn flush_mode(&self) -> FlushMode {
+        self.options.flush
+    }
+
+    pub fn end(&self) -> u64 {
+        self.log.end()
+    }
+
+    /// Records that could not be read when they were wanted.
+    pub fn unreadable(&self) -> u64 {
+        self.unreadable
+    }
+
+    pub fn bounds(&self, topic: &Topic, queue: u32) -> Bounds {
+        self.index.bounds(topic, queue)
+    }
+
+    pub fn entries(&self, topic: &Topic, queue: u32, from: u64, max: usize) -> Result<Vec<Entry>> {
+        self.index.read(topic, queue, from, max)
+    }
+
+    // --- messages -------------------------------------------------------------------------------------------
+
+    /// Stages messages of one topic: all of them, or none if there is no room.
+    pub fn append(&mut self, topic: &Topic, messages: &[NewMessage], now: Timestamp) -> Result<Vec<Stored>> {
+        let bytes: usize = messages.iter().map(|m| record_len(topic, m, self.options.host)).sum();
+        self.room_for(bytes as u64, Room::Messages)?;
+        Ok(messages.iter().map(|m| self.stage(topic, m, 0, now)).collect())
+    }
+
+    fn room_for(&mut self, bytes: u64, room: Room) -> Result<()> {
+        let segment = self.options.log.segment_bytes;
+        if bytes + record::BLANK_BYTES > segment {
+            return Err(StoreError::RecordTooLarge { size: bytes, segment });
+        }
+        let staged = self.staged.group.as_ref().map_or(0, LogGroup::bytes);
+        // A record that rolls to the next file leaves less than its own size unused.
+        self.log.make_room(staged + 2 * bytes, room)
+    }
+
+    fn stage(&mut self, topic: &Topic, m: &NewMessage, reconsume_times: u32, now: Timestamp) -> Stored {
+        let new = NewRecord {
+            topic: topic.as_str(),
+            queue: m.queue,
+            sys_flag: m.sys_flag,
+            born_timestamp_ms: m.born_timestamp_ms,
+            born_host: m.born_host,
+            store_host: self.options.host,
+            reconsume_times,
+            body: &m.body,
+            properties: &m.properties,
+        };
+        let count = self.staged.counts.entry((topic.clone(), m.queue)).or_default();
+        let queue_offset = self.index.bounds(topic, m.queue).max + *count;
+        *count += 1;
+        // Store time never goes back, so that a search by time stays a search.
+        self.last_store_ms = self.last_store_ms.max(now.0);
+        let size = record::encoded_len(&new);
+        let group = self.staged.group.get_or_insert_with(|| self.log.group());
+        let log_offset = group.place(size);
+        let place = Place { queue_offset, log_offset, store_timestamp_ms: self.last_store_ms };
+        let size = record::encode(group.buffer(size), &new, place);
+        let tag_code = hash::tag_code(message::property(&m.properties, message::TAGS));
+        let entry = Entry { log_offset, size, tag_code };
+        self.staged.entries.push((topic.clone(), m.queue, queue_offset, entry));
+        Stored { queue: m.queue, queue_offset, log_offset }
+    }
+
+    /// Writes everything staged as one group.
+    pub fn commit(&mut self, now: Timestamp) -> Result<Committed> {
+        let changes = self.stage_changes(now);
+        let staged = std::mem::take(&mut self.staged);
+        if let Some(group) = staged.group.filter(|g| !g.is_empty()) {
+            self.log.append(&group)?;
+        } else {
+            self.log.check()?;
+        }
+        let mut topics = Vec::new();
+        for (topic, queue, offset, entry) in staged.entries {
+            self.index.append(&topic, queue, offset, entry);
+            if topics.last() != Some(&topic) && topic != self.changes_topic {
+                topics.push(topic);
+            }
+        }
+        topics.sort_unstable();
+        topics.dedup();
+        Ok(Committed { end: self.log.end(), topics, changes })
+    }
+
+    fn stage_changes(&mut self, now: Timestamp) -> Result<()> {
+        if self.staged.changes.is_empty() {
+            return Ok(());
+        }
+        let body = Bytes::from(self.staged.changes.take());
+        let host = self.options.host;
+        let message = NewMessage {
+            queue: 0,
+            body,
+            properties: Bytes::new(),
+            sys_flag: 0,
+            born_timestamp_ms: now.0,
+            born_host: host,
+        };
+        let topic = self.changes_topic.clone();
+        self.room_for(record_len(&topic, &message, host) as u64, Room::Reserve)?;
+        self.stage(&topic, &message, 0, now);
+        Ok(())
+    }
+
+    // --- consumption ----------------------------------------------------------------------------------------
+
+    /// Hands out messages of a topic to a group: of its retry topic first every fifth time, otherwise after it.
+    pub fn pop(&mut self, request: &PopRequest<'_>, now: Timestamp) -> Result<Vec<Popped>> {
+        self.log.check()?;
+        let turn = self.turns.entry((request.group.clone(), request.topic.clone())).or_default();
+        *turn = turn.wrapping_add(1);
+        let turn = *turn;
+        let mut out = Vec::new();
+        let retry = Topic::retry(request.group, request.topic);
+        if turn % 5 == 0 {
+            self.pop_topic(request, &retry, turn, now, &mut out)?;
+        }
+        self.pop_topic(request, request.topic, turn, now, &mut out)?;
+        if turn % 5 != 0 {
+            self.pop_topic(request, &retry, turn, now, &mut out)?;
+        }
+        Ok(out)
+    }
+
+    fn pop_topic(
+        &mut self,
+        request: &PopRequest<'_>,
+        topic: &Topic,
+        turn: u32,
+        now: Timestamp,
+        out: &mut Vec<Popped>,
+    ) -> Result<()> {
+        let queues = self.index.queues(topic);
+        for i in 0..queues.len() {
+            if out.len() >= request.max || self.pop.in_flight(request.group) >= limits::IN_FLIGHT_MAX {
+                break;
+            }
+            let queue = queues[(i + turn as usize) % queues.len()];
+            self.pop_queue(request, topic, queue, now, out)?;
+        }
+        Ok(())
+    }
+
+    fn pop_queue(
+        &mut self,
+        request: &PopRequest<'_>,
+        topic: &Topic,
+        queue: u32,
+        now: Timestamp,
+        out: &mut Vec<Popped>,
+    ) -> Result<()> {
+        let cursor = CursorKey { group: request.group.clone(), topic: topic.clone(), queue };
+        let bounds = self.index.bounds(topic, queue);
+        let start = match self.pop.next(&cursor) {
+            Some(next) => next.max(bounds.min),
+            None => self.first_offset(topic, queue, bounds)?,
+        };
+        let visible_end = match self.options.flush {
+            FlushMode::Async => self.log.end(),
+            FlushMode::Sync => self.log.flushed(),
+        };
+        let want = request.max - out.len();
+        let mut next = start;
+        let mut offsets = Vec::new();
+        let visible_at = now.plus_ms(request.invisible_ms);
+        'scan: while offsets.len() < want && next < bounds.max && (next - start) < SCAN_MAX as u64 {
+            let step = if *request.filter == TagFilter::All { want } else { SCAN_STEP };
+            let entries = self.index.read(topic, queue, next, step)?;
+            if entries.is_empty() {
+                break;
+            }
+            for entry in entries {
+                if offsets.len() == want
+                    || (!entry.is_hole() && entry.log_offset + u64::from(entry.size) > visible_end)
+                {
+                    break 'scan;
+                }
+                let offset = next;
+                next += 1;
+                let wanted = !entry.is_hole() && request.filter.may_match(entry.tag_code);
+                if !wanted || self.pop.is_settled_ahead(&cursor, offset) {
+                    continue;
+                }
+                offsets.push(offset);
+                out.push(Popped {
+                    log_offset: entry.log_offset,
+                    size: entry.size,
+                    receipt: Receipt {
+                        group: request.group.clone(),
+                        topic: request.topic.clone(),
+                        from_retry: topic != request.topic,
+                        queue,
+                        offset,
+                        log_offset: entry.log_offset,
+                        popped_at: now,
+                        invisible_until: visible_at,
+                    },
+                });
+            }
+        }
+        if self.pop.next(&cursor).is_none() {
+            self.change(Change::Seek { cursor: cursor.clone(), next: start });
+        }
+        if next > start || !offsets.is_empty() {
+            let client = request.renewed_for.clone();
+            self.change(Change::Popped { cursor, next, since: now, visible_at, client, offsets });
+        }
+        Ok(())
+    }
+
+    /// Where a group begins that has never read this queue.
+    fn first_offset(&self, topic: &Topic, queue: u32, bounds: Bounds) -> Result<u64> {
+        if topic.is_retry() {
+            return Ok(bounds.min);
+        }
+        let first = self.index.read(topic, queue, bounds.min, 1)?;
+        let near = |e: &Entry| e.log_offset + NEW_GROUP_BACKLOG_MAX_BYTES > self.log.end();
+        Ok(if first.first().is_none_or(near) { bounds.min } else { bounds.max })
+    }
+
+    /// The cursor that a receipt belongs to.
+    fn cursor_of(receipt: &Receipt) -> CursorKey {
+        let topic = match receipt.from_retry {
+            true => Topic::retry(&receipt.group, &receipt.topic),
+            false => receipt.topic.clone(),
+        };
+        CursorKey { group: receipt.group.clone(), topic, queue: receipt.queue }
+    }
+
+    fn standing(&mut self, cursor: &CursorKey, receipt: &Receipt, now: Timestamp) -> Result<Standing> {
+        let times = (receipt.popped_at, receipt.invisible_until);
+        let standing = self.pop.standing(cursor, receipt.offset, times, now);
+        if standing != Standing::Lost {
+            return Ok(standing);
+        }
+        // A crash can have lost the message along with the row, and given its place to another one.
+        let record = self.record(cursor, receipt.offset)?;
+        let same = record.is_some_and(|r| {
+            r.log_offset == receipt.log_offset && r.store_timestamp_ms <= receipt.popped_at.0
+        });
+        Ok(if same { Standing::Lost } else { Standing::Expired })
+    }
+
+    pub fn acknowledge(&mut self, receipt: &Receipt, now: Timestamp) -> Result<Standing> {
+        let cursor = Self::cursor_of(receipt);
+        let standing = self.standing(&cursor, receipt, now)?;
+        if matches!(standing, Standing::Live | Standing::Lost) {
+            self.change(Change::Done { cursor, moved: false, offsets: vec![receipt.offset] });
+        }
+        Ok(standing)
+    }
+
+    /// The message becomes visible again after `invisible_ms`; the receipt that says so.
+    pub fn change_invisible(
+        &mut self,
+        receipt: &Receipt,
+        invisible_ms: i64,
+        now: Timestamp,
+    ) -> Result<Option<Receipt>> {
+        let cursor = Self::cursor_of(receipt);
+        match self.standing(&cursor, receipt, now)? {
+            Standing::Live => {}
+            // The row is made again, for this delivery.
+            Standing::Lost => self.change(Change::Popped {
+                cursor: cursor.clone(),
+                next: 0,
+                since: receipt.popped_at,
+                visible_at: now,
+                client: None,
+                offsets: vec![receipt.offset],
+            }),
+            Standing::Settled | Standing::Expired => return Ok(None),
+        }
+        let visible_at = now.plus_ms(invisible_ms);
+        self.change(Change::Visible { cursor, offset: receipt.offset, visible_at });
+        Ok(Some(Receipt { invisible_until: visible_at, ..receipt.clone() }))
+    }
+
+    /// Moves a message that is in flight to the group's dead letters.
+    pub fn dead_letter(&mut self, receipt: &Receipt, now: Timestamp) -> Result<Standing> {
+        let cursor = Self::cursor_of(receipt);
+        let standing = self.standing(&cursor, receipt, now)?;
+        if matches!(standing, Standing::Live | Standing::Lost) {
+            self.move_message(&cursor, receipt.offset, Some(Destination::DeadLetter), now)?;
+        }
+        Ok(standing)
+    }
+
+    pub fn next_due(&self) -> Option<Timestamp> {
+        self.pop.next_due()
+    }
+
+    /// Renews, retries or buries what has become due. To be called until it returns false.
+    pub fn expire(&mut self, now: Timestamp) -> Result<bool> {
+        let due = self.pop.due(now, MOVES_PER_GROUP);
+        let more = due.len() == MOVES_PER_GROUP;
+        for due in due {
+            match due {
+                Due::Renew(change) => self.change(change),
+                Due::Move(cursor, offset) => self.move_message(&cursor, offset, None, now)?,
+            }
+        }
+        Ok(more)
+    }
+
+    fn move_message(
+        &mut self,
+        cursor: &CursorKey,
+        offset: u64,
+        to: Option<Destination>,
+        now: Timestamp,
+    ) -> Result<()> {
+        let done = Change::Done { cursor: cursor.clone(), moved: true, offsets: vec![offset] };
+        if let Some(record) = self.record(cursor, offset)? {
+            let max_attempts =
+                self.meta.group(&cursor.group).map_or(limits::ATTEMPTS_DEFAULT, |g| g.max_attempts);
+            let last = record.reconsume_times + 1 >= max_attempts;
+            let to = to.unwrap_or(if last { Destination::DeadLetter } else { Destination::Retry });
+            self.copy(cursor, &record, to, now)?;
+            // The copy in the log says so itself: moving is one record, not two that a crash could part.
+            return self.apply(&done);
+        }
+        self.change(done);
+        Ok(())
+    }
+
+    fn record(&mut self, cursor: &CursorKey, offset: u64) -> Result<Option<Record>> {
+        let entries = self.index.read(&cursor.topic, cursor.queue, offset, 1)?;
+        let Some(entry) = entries.first().filter(|e| !e.is_hole()) else { return Ok(None) };
+        match self.reader.read(entry.log_offset, entry.size) {
+            Ok(record) => Ok(Some(record)),
+            Err(error) => {
+                tracing::error!(topic = %cursor.topic, queue = cursor.queue, offset, %error, "unreadable message skipped");
+                self.unreadable += 1;
+                Ok(None)
+            }
+        }
+    }
+
+    fn copy(&mut self, cursor: &CursorKey, r: &Record, to: Destination, now: Timestamp) -> Result<()> {
+        let origin = r.property(message::RETRY_TOPIC).unwrap_or(&r.topic).to_owned();
+        let mut properties = Vec::with_capacity(r.properties.len() + 64);
+        for (key, value) in message::properties(&r.properties) {
+            if !matches!(key, message::CRC | message::RETRY_TOPIC | message::MOVED_FROM) {
+                put_property(&mut properties, key, value);
+            }
+        }
+        let place = format!("{} {} {}", cursor.topic, r.queue, r.queue_offset);
+        put_property(&mut properties, message::MOVED_FROM, &place);
+        let (topic, reconsume_times) = match to {
+            Destination::Retry => {
+                put_property(&mut properties, message::RETRY_TOPIC, &origin);
+                (Topic::retry(&cursor.group, &Topic::stored(&origin)), r.reconsume_times + 1)
+            }
+            Destination::DeadLetter => {
+                let id = r.property(message::UNIQ_KEY).unwrap_or_default();
+                put_property(&mut properties, message::DLQ_ORIGIN_TOPIC, &origin);
+                put_property(&mut properties, message::DLQ_ORIGIN_MESSAGE_ID, id);
+                (Topic::dead_letter(&cursor.group), 0)
+            }
+        };
+        if to == Destination::DeadLetter && self.meta.topic(&topic).is_none() {
+            let config = TopicConfig { queues: 1, ..TopicConfig::normal(topic.clone()) };
+            self.change(Change::PutTopic(config));
+        }
+        let message = NewMessage {
+            queue: 0,
+            body: r.body.clone(),
+            properties: properties.into(),
+            sys_flag: r.sys_flag,
+            born_timestamp_ms: r.born_timestamp_ms,
+            born_host: r.born_host,
+        };
+        self.room_for(record_len(&topic, &message, self.options.host) as u64, Room::Messages)?;
+        self.stage(&topic, &message, reconsume_times, now);
+        Ok(())
+    }
+
+    // --- clients, metadata, lag -----------------------------------------------------------------------------
+
+    pub fn client_seen(&mut self, client: &str, now: Timestamp) {
+        self.pop.client_seen(client, now);
+    }
+
+    pub fn client_gone(&mut self, client: &str, now: Timestamp) {
+        for change in self.pop.client_gone(client, now) {
+            self.change(change);
+        }
+    }
+
+    /// Takes a change of topics or groups, if it is news.
+    pub fn put_meta(&mut self, change: Change) {
+        if self.meta.is_news(&change) {
+            self.change(change);
+        }
+    }
+
+    /// Position of a group on a queue; the retry topic counts as one of its queues.
+    pub fn lag(&self, group: &Group) -> Vec<(CursorKey, Bounds, Lag)> {
+        let lag = |key: CursorKey| {
+            let bounds = self.index.bounds(&key.topic, key.queue);
+            Some((key.clone(), bounds, self.pop.lag(&key)?))
+        };
+        self.pop.cursors(group).into_iter().filter_map(lag).collect()
+    }
+
+    // --- checkpoints ----------------------------------------------------------------------------------------
+
+    /// Bytes of log that a restart would have to replay.
+    pub fn uncovered(&self) -> u64 {
+        self.log.end() - self.covered
+    }
+
+    /// Entries of the queue index that are only in memory.
+    pub fn buffered(&self) -> usize {
+        self.index.buffered()
+    }
+
+    /// False once the disk has failed to sync derived state: it is rebuilt from the log at the next start.
+    pub fn can_checkpoint(&self) -> bool {
+        !self.checkpoints_stopped
+    }
+
+    /// Takes derived state as of now. Nothing may be staged.
+    pub fn checkpoint(&mut self, now: Timestamp, clean: bool) -> Result<Checkpoint> {
+        self.log.check()?;
+        self.pop.forget_clients(now);
+        self.index.write_out()?;
+        let unsynced = self.index.take_unsynced();
+        let mut batch = Batch::default();
+        self.meta.checkpoint(&mut batch);
+        self.pop.checkpoint(&mut batch);
+        Ok(Checkpoint { covered: self.log.end(), batch, unsynced, clean })
+    }
+
+    pub fn checkpoint_written(&mut self, result: std::result::Result<u64, (StoreError, Checkpoint)>) {
+        match result {
+            Ok(covered) => self.covered = self.covered.max(covered),
+            Err((error, failed)) => {
+                tracing::warn!(%error, "a checkpoint could not be written; a restart replays more of the log");
+                self.meta.mark_dirty(&failed.batch);
+                self.pop.mark_dirty(&failed.batch);
+                self.index.give_back(failed.unsynced);
+                // A failed sync may have lost pages for good: nothing derived is trusted to the disk any more.
+                self.checkpoints_stopped |= matches!(error, StoreError::Io { .. });
+            }
+        }
+    }
+
+    /// A clean stop: everything durable, nothing to replay.
+    pub fn close(mut self, now: Timestamp) -> Result<()> {
+        self.commit(now)?.changes?;
+        if !self.can_checkpoint() {
+            return self.log.syncer().sync().map(drop);
+        }
+        let checkpoint = self.checkpoint(now, true)?;
+        checkpoint.write(&self.log.syncer(), &*self.fs, &*self.kv).map(drop).map_err(|(error, _)| error)
+    }
+}
+
+/// What a retry or a dead letter says of the place it came from.
+fn moved_from(topic: &Topic, r: &Record) -> Option<Change> {
+    if !topic.is_retry() && !topic.is_dead_letter() {
+        return None;
+    }
+    let mut place = r.property(message::MOVED_FROM)?.rsplitn(3, ' ');
+    let offset = place.next()?.parse().ok()?;
+    let queue = place.next()?.parse().ok()?;
+    let from = Topic::stored(place.next()?);
+    let group = match topic.as_str().strip_prefix(DLQ_PREFIX) {
+        Some(group) => group,
+        None => {
+            let origin = r.property(message::RETRY_TOPIC)?;
+            topic.as_str().strip_prefix(RETRY_PREFIX)?.strip_suffix(origin)?.strip_suffix('+')?
+        }
+    };
+    let cursor = CursorKey { group: Group::stored(group), topic: from, queue };
+    Some(Change::Done { cursor, moved: true, offsets: vec![offset] })
+}
+
+fn record_len(topic: &Topic, m: &NewMessage, host: SocketAddr) -> usize {
+    record::encoded_len(&NewRecord {
+        topic: topic.as_str(),
+        queue: m.queue,
+        sys_flag: m.sys_flag,
+        born_timestamp_ms: m.born_timestamp_ms,
+        born_host: m.born_host,
+        store_host: host,
+        reconsume_times: 0,
+        body: &m.body,
+        properties: &m.properties,
+    })
+}

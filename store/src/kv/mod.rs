@@ -1,0 +1,112 @@
+//! The seam to RocksDB. Rows live in families; a batch is atomic over all of them.
+//! [`MemKv`] loses what was not synced; both pass the same conformance tests.
+
+mod mem;
+#[cfg(feature = "rocksdb")]
+mod rocks;
+
+pub use mem::MemKv;
+#[cfg(feature = "rocksdb")]
+pub use rocks::RocksKv;
+
+use crate::error::Result;
+
+/// Persisted as column-family names: never rename.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Family {
+    /// family name -> log offset covered (8 bytes, big-endian)
+    Covered,
+    Topics,
+    Groups,
+    /// The replica set's secrets.
+    Keys,
+    Offsets,
+    InFlight,
+}
+
+impl Family {
+    pub const ALL: [Family; 6] =
+        [Family::Covered, Family::Topics, Family::Groups, Family::Keys, Family::Offsets, Family::InFlight];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Family::Covered => "covered",
+            Family::Topics => "topics",
+            Family::Groups => "groups",
+            Family::Keys => "keys",
+            Family::Offsets => "offsets",
+            Family::InFlight => "in_flight",
+        }
+    }
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct Batch(pub Vec<(Family, Vec<u8>, Option<Vec<u8>>)>);
+
+impl Batch {
+    pub fn put(&mut self, family: Family, key: impl Into<Vec<u8>>, value: impl Into<Vec<u8>>) {
+        self.0.push((family, key.into(), Some(value.into())));
+    }
+
+    pub fn delete(&mut self, family: Family, key: impl Into<Vec<u8>>) {
+        self.0.push((family, key.into(), None));
+    }
+}
+
+pub type Row = (Vec<u8>, Vec<u8>);
+
+pub trait Kv: Send + Sync + 'static {
+    fn get(&self, family: Family, key: &[u8]) -> Result<Option<Vec<u8>>>;
+    /// All rows of a family, by key.
+    fn rows(&self, family: Family) -> Result<Vec<Row>>;
+    /// All of it or nothing; with `sync`, it and everything written before survives a power loss.
+    fn write(&self, batch: Batch, sync: bool) -> Result<()>;
+}
+
+#[cfg(test)]
+mod conformance {
+    use super::*;
+
+    fn suite(kv: &dyn Kv) {
+        let mut batch = Batch::default();
+        batch.put(Family::Topics, "b", "2");
+        batch.put(Family::Topics, "a", "1");
+        batch.put(Family::Groups, "a", "g");
+        kv.write(batch, true).unwrap();
+        assert_eq!(kv.get(Family::Topics, b"a").unwrap().unwrap(), b"1");
+        assert_eq!(kv.get(Family::Groups, b"a").unwrap().unwrap(), b"g");
+        assert_eq!(kv.get(Family::Groups, b"b").unwrap(), None);
+        let rows = kv.rows(Family::Topics).unwrap();
+        assert_eq!(rows, [(b"a".to_vec(), b"1".to_vec()), (b"b".to_vec(), b"2".to_vec())]);
+        let mut batch = Batch::default();
+        batch.put(Family::Topics, "a", "x");
+        batch.delete(Family::Topics, "a");
+        batch.put(Family::Topics, "c", "3");
+        kv.write(batch, false).unwrap();
+        assert_eq!(kv.get(Family::Topics, b"a").unwrap(), None, "the later operation of a batch wins");
+        assert_eq!(kv.rows(Family::Topics).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn memory() {
+        suite(&MemKv::default());
+    }
+
+    #[test]
+    fn memory_loses_what_was_not_synced() {
+        let kv = MemKv::default();
+        suite(&kv);
+        kv.power_loss(|| false);
+        assert_eq!(kv.get(Family::Topics, b"a").unwrap().unwrap(), b"1");
+        assert_eq!(kv.get(Family::Topics, b"c").unwrap(), None);
+    }
+
+    #[cfg(feature = "rocksdb")]
+    #[test]
+    fn rocksdb() {
+        let dir = tempfile::tempdir().unwrap();
+        suite(&RocksKv::open(dir.path()).unwrap());
+        let again = RocksKv::open(dir.path()).unwrap();
+        assert_eq!(again.get(Family::Topics, b"c").unwrap().unwrap(), b"3");
+    }
+}

@@ -1,0 +1,60 @@
+//! RocksDB, one column family a [`Family`]. Small: it holds checkpoints, not messages.
+
+use std::path::Path;
+
+use rocksdb::{ColumnFamilyDescriptor, DB, IteratorMode, Options, WriteBatch, WriteOptions};
+
+use super::{Batch, Family, Kv, Row};
+use crate::error::{Result, StoreError};
+
+pub struct RocksKv(DB);
+
+fn failed(error: rocksdb::Error) -> StoreError {
+    StoreError::Kv(error.into_string())
+}
+
+impl RocksKv {
+    pub fn open(dir: &Path) -> Result<Self> {
+        let mut options = Options::default();
+        options.create_if_missing(true);
+        options.create_missing_column_families(true);
+        options.set_max_open_files(64);
+        options.set_keep_log_file_num(2);
+        options.set_max_background_jobs(2);
+        options.set_max_total_wal_size(16 << 20);
+        let mut family = Options::default();
+        family.set_write_buffer_size(4 << 20);
+        family.set_max_write_buffer_number(2);
+        let families = Family::ALL.map(|f| ColumnFamilyDescriptor::new(f.name(), family.clone()));
+        DB::open_cf_descriptors(&options, dir, families).map(Self).map_err(failed)
+    }
+
+    fn family(&self, family: Family) -> Result<&rocksdb::ColumnFamily> {
+        let missing = || StoreError::Kv(format!("column family {} is missing", family.name()));
+        self.0.cf_handle(family.name()).ok_or_else(missing)
+    }
+}
+
+impl Kv for RocksKv {
+    fn get(&self, family: Family, key: &[u8]) -> Result<Option<Vec<u8>>> {
+        self.0.get_cf(self.family(family)?, key).map_err(failed)
+    }
+
+    fn rows(&self, family: Family) -> Result<Vec<Row>> {
+        let rows = self.0.iterator_cf(self.family(family)?, IteratorMode::Start);
+        rows.map(|row| row.map(|(k, v)| (k.into(), v.into())).map_err(failed)).collect()
+    }
+
+    fn write(&self, batch: Batch, sync: bool) -> Result<()> {
+        let mut out = WriteBatch::default();
+        for (family, key, value) in batch.0 {
+            match value {
+                Some(value) => out.put_cf(self.family(family)?, key, value),
+                None => out.delete_cf(self.family(family)?, key),
+            }
+        }
+        let mut options = WriteOptions::default();
+        options.set_sync(sync);
+        self.0.write_opt(out, &options).map_err(failed)
+    }
+}

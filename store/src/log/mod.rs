@@ -1,0 +1,407 @@
+//! The CommitLog: files of one length, named by the 20-digit offset of their first byte. The only truth.
+//!
+//! One writer appends ([`Log`]); any number of threads read ([`LogReader`]) and one syncs ([`Syncer`]), so that
+//! appends go on while a sync runs. A failed write or sync poisons all three: nothing is acknowledged after it.
+
+pub mod map;
+pub mod record;
+mod recovery;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use bytes::Bytes;
+use parking_lot::{Mutex, RwLock};
+
+use self::map::Map;
+use self::record::{Check, Record, RecordError};
+pub use self::recovery::{Scan, ScanEnd};
+use crate::error::{Result, StoreError};
+use crate::fs::{self, File, Fs};
+
+pub(crate) struct Segment {
+    base: u64,
+    file: Arc<dyn File>,
+    map: OnceLock<Option<Map>>,
+}
+
+impl Segment {
+    fn map(&self) -> Option<&Map> {
+        self.map.get_or_init(|| self.file.map().unwrap_or(None)).as_ref()
+    }
+}
+
+/// Keeps a segment, and with it its map, alive while a reader holds bytes of it.
+struct Slice {
+    segment: Arc<Segment>,
+    from: usize,
+    to: usize,
+}
+
+impl AsRef<[u8]> for Slice {
+    fn as_ref(&self) -> &[u8] {
+        self.segment.map().map_or(&[], |m| &m[self.from..self.to])
+    }
+}
+
+/// What writer, readers and syncer share.
+struct Shared {
+    fs: Arc<dyn Fs>,
+    dir: PathBuf,
+    segment_bytes: u64,
+    segments: RwLock<BTreeMap<u64, Arc<Segment>>>,
+    /// Bases of the files written to since their last sync.
+    dirty: Mutex<BTreeSet<u64>>,
+    end: AtomicU64,
+    flushed: AtomicU64,
+    poisoned: AtomicBool,
+    cause: Mutex<Option<StoreError>>,
+    /// Remembers how far the log was synced; read by recovery.
+    flushed_file: Arc<dyn File>,
+}
+
+impl Shared {
+    fn check(&self) -> Result<()> {
+        if !self.poisoned.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let unknown = || StoreError::Poisoned {
+            operation: "write",
+            source: Arc::new(io::Error::other("the store was stopped")),
+        };
+        Err(self.cause.lock().clone().unwrap_or_else(unknown))
+    }
+
+    fn poison(&self, operation: &'static str, source: io::Error) -> StoreError {
+        let error = StoreError::Poisoned { operation, source: Arc::new(source) };
+        self.cause.lock().get_or_insert_with(|| error.clone());
+        self.poisoned.store(true, Ordering::Release);
+        tracing::error!(%error, "the store acknowledges nothing any more");
+        error
+    }
+
+    fn segment(&self, offset: u64) -> Option<Arc<Segment>> {
+        let segments = self.segments.read();
+        let (base, segment) = segments.range(..=offset).next_back()?;
+        (offset < base + self.segment_bytes).then(|| segment.clone())
+    }
+}
+
+/// The file of a log offset.
+pub fn segment_path(dir: &Path, base: u64) -> PathBuf {
+    dir.join(format!("{base:020}"))
+}
+
+/// Bytes that are to be appended as one group; already at their final offsets.
+pub struct Group {
+    start: u64,
+    at: u64,
+    segment_bytes: u64,
+    /// One part a file.
+    parts: Vec<(u64, Vec<u8>)>,
+}
+
+impl Group {
+    /// Where a record of `size` bytes will stand. Rolls to the next file if it does not fit this one.
+    pub fn place(&mut self, size: usize) -> u64 {
+        let used = self.at % self.segment_bytes;
+        let left = self.segment_bytes - used;
+        if size as u64 + record::BLANK_BYTES > left {
+            let base = self.at - used;
+            record::encode_blank(self.part(base), left);
+            self.at = base + self.segment_bytes;
+        }
+        self.at
+    }
+
+    /// The buffer to append `size` bytes to, after [`Group::place`].
+    pub fn buffer(&mut self, size: usize) -> &mut Vec<u8> {
+        let base = self.at - self.at % self.segment_bytes;
+        self.at += size as u64;
+        self.part(base)
+    }
+
+    fn part(&mut self, base: u64) -> &mut Vec<u8> {
+        if self.parts.last().is_none_or(|(b, _)| *b != base) {
+            self.parts.push((base, Vec::with_capacity(8 * 1024)));
+        }
+        &mut self.parts.last_mut().expect("pushed above").1
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.at == self.start
+    }
+
+    pub fn bytes(&self) -> u64 {
+        self.at - self.start
+    }
+}
+
+/// How much of the disk the next records may use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Room {
+    /// Messages: must leave the reserve untouched.
+    Messages,
+    /// Acknowledgements and offsets: may use the reserve.
+    Reserve,
+}
+
+/// The one appender.
+pub struct Log {
+    shared: Arc<Shared>,
+    /// Room on the disk is reserved up to here.
+    allocated: u64,
+    chunk_bytes: u64,
+    reserve_bytes: u64,
+}
+
+/// The sizes of a log; the defaults are the reference's.
+#[derive(Clone, Copy, Debug)]
+pub struct LogOptions {
+    pub segment_bytes: u64,
+    /// Disk is reserved in steps of this.
+    pub chunk_bytes: u64,
+    /// Kept free for acknowledgements when the disk is full.
+    pub reserve_bytes: u64,
+}
+
+impl Default for LogOptions {
+    fn default() -> Self {
+        Self { segment_bytes: 1 << 30, chunk_bytes: 64 << 20, reserve_bytes: 16 << 20 }
+    }
+}
+
+impl Log {
+    pub fn open(fs: Arc<dyn Fs>, dir: &Path, options: LogOptions) -> Result<Self> {
+        let failed = |operation, path: &Path| {
+            let path = path.to_owned();
+            move |e| StoreError::io(operation, path, e)
+        };
+        fs.create_dir(dir).map_err(failed("created", dir))?;
+        let mut segments = BTreeMap::new();
+        for name in fs.list(dir).map_err(failed("listed", dir))? {
+            let Ok(base) = name.parse::<u64>() else { continue };
+            let path = segment_path(dir, base);
+            let file = fs.open(&path, false).map_err(failed("opened", &path))?;
+            let len = file.len().map_err(failed("read", &path))?;
+            if base % options.segment_bytes != 0 || (len != options.segment_bytes && len != 0) {
+                let what = format!(
+                    "{len} bytes long; log files here have {} (storage.segment_bytes)",
+                    options.segment_bytes
+                );
+                return Err(StoreError::Damaged { path, what });
+            }
+            // Created, but killed before it got its length.
+            if len == 0 {
+                file.set_len(options.segment_bytes).map_err(failed("extended", &path))?;
+            }
+            segments.insert(base, Arc::new(Segment { base, file, map: OnceLock::new() }));
+        }
+        let gap =
+            segments.keys().zip(segments.keys().skip(1)).find(|(a, b)| *a + options.segment_bytes != **b);
+        if let Some((base, _)) = gap {
+            let path = segment_path(dir, base + options.segment_bytes);
+            return Err(StoreError::Damaged {
+                path,
+                what: "the file is missing; restore it, or the log after it is lost".into(),
+            });
+        }
+        let flushed_path = dir.with_file_name("flushed");
+        let flushed_file = fs.open(&flushed_path, true).map_err(failed("opened", &flushed_path))?;
+        let flushed = read_flushed(&*flushed_file).map_err(failed("read", &flushed_path))?;
+        let end = segments.keys().next().copied().unwrap_or(0);
+        let shared = Shared {
+            fs,
+            dir: dir.into(),
+            segment_bytes: options.segment_bytes,
+            segments: RwLock::new(segments),
+            dirty: Mutex::default(),
+            end: AtomicU64::new(end),
+            flushed: AtomicU64::new(flushed),
+            poisoned: AtomicBool::new(false),
+            cause: Mutex::default(),
+            flushed_file,
+        };
+        Ok(Self {
+            shared: Arc::new(shared),
+            allocated: end,
+            chunk_bytes: options.chunk_bytes.min(options.segment_bytes),
+            reserve_bytes: options.reserve_bytes.min(options.segment_bytes / 4),
+        })
+    }
+
+    pub fn start(&self) -> u64 {
+        self.shared.segments.read().keys().next().copied().unwrap_or(0)
+    }
+
+    pub fn end(&self) -> u64 {
+        self.shared.end.load(Ordering::Acquire)
+    }
+
+    pub fn flushed(&self) -> u64 {
+        self.shared.flushed.load(Ordering::Acquire)
+    }
+
+    pub fn reader(&self) -> LogReader {
+        LogReader(self.shared.clone())
+    }
+
+    pub fn syncer(&self) -> Syncer {
+        Syncer(self.shared.clone())
+    }
+
+    /// An error if the store has stopped.
+    pub fn check(&self) -> Result<()> {
+        self.shared.check()
+    }
+
+    pub fn group(&self) -> Group {
+        let end = self.end();
+        Group { start: end, at: end, segment_bytes: self.shared.segment_bytes, parts: Vec::new() }
+    }
+
+    /// Reserves room for `bytes` more bytes, or says that the disk is full. Nothing is written.
+    pub fn make_room(&mut self, bytes: u64, room: Room) -> Result<()> {
+        self.check()?;
+        let keep = if room == Room::Messages { self.reserve_bytes } else { 0 };
+        let need = self.end() + bytes + record::BLANK_BYTES;
+        if need + keep <= self.allocated {
+            return Ok(());
+        }
+        match self.allocate_to(need + keep) {
+            Ok(()) => Ok(()),
+            Err(StoreError::DiskFull { .. }) if need + keep <= self.allocated => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn allocate_to(&mut self, target: u64) -> Result<()> {
+        while self.allocated < target {
+            let base = self.allocated - self.allocated % self.shared.segment_bytes;
+            let segment = self.segment_for_append(base)?;
+            let at = self.allocated - base;
+            let len = self.chunk_bytes.min(self.shared.segment_bytes - at);
+            let path = segment_path(&self.shared.dir, base);
+            segment.file.allocate(at, len).map_err(|e| StoreError::io("extended", path, e))?;
+            self.allocated += len;
+        }
+        Ok(())
+    }
+
+    fn segment_for_append(&self, base: u64) -> Result<Arc<Segment>> {
+        if let Some(segment) = self.shared.segments.read().get(&base) {
+            return Ok(segment.clone());
+        }
+        let path = segment_path(&self.shared.dir, base);
+        let make = || {
+            let file = self.shared.fs.open(&path, true)?;
+            file.set_len(self.shared.segment_bytes)?;
+            self.shared.fs.sync_dir(&self.shared.dir)?;
+            Ok(Arc::new(Segment { base, file, map: OnceLock::new() }))
+        };
+        let segment: Arc<Segment> = make().map_err(|e| StoreError::io("created", &path, e))?;
+        self.shared.segments.write().insert(base, segment.clone());
+        Ok(segment)
+    }
+
+    /// Writes the group at the end of the log. Room must have been made for it.
+    pub fn append(&mut self, group: &Group) -> Result<u64> {
+        self.check()?;
+        debug_assert_eq!(group.start, self.end());
+        let mut from = group.start;
+        for (base, bytes) in &group.parts {
+            let segment = self.segment_for_append(*base)?;
+            self.shared.dirty.lock().insert(*base);
+            // Room was reserved, so that not even a full disk is an excuse.
+            segment.file.write_at(bytes, from - base).map_err(|e| self.shared.poison("write", e))?;
+            from = base + self.shared.segment_bytes;
+        }
+        self.shared.end.store(group.at, Ordering::Release);
+        Ok(group.at)
+    }
+}
+
+/// Reads records; cheap to clone, usable from any thread.
+#[derive(Clone)]
+pub struct LogReader(Arc<Shared>);
+
+impl LogReader {
+    pub fn end(&self) -> u64 {
+        self.0.end.load(Ordering::Acquire)
+    }
+
+    /// True if the record is in one of the two newest files: reading it does not block on a cold disk, as a rule.
+    pub fn is_hot(&self, offset: u64) -> bool {
+        offset + 2 * self.0.segment_bytes > self.end()
+    }
+
+    /// Hot records are handed out without a copy; cold ones are read and verified.
+    pub fn read(&self, offset: u64, size: u32) -> std::result::Result<Record, RecordError> {
+        let hot = self.is_hot(offset);
+        let data = self.bytes(offset, size as usize, hot).map_err(|_| RecordError::NotARecord)?;
+        record::decode(&data, offset, if hot { Check::Shape } else { Check::Whole })
+    }
+
+    fn bytes(&self, offset: u64, len: usize, mapped: bool) -> io::Result<Bytes> {
+        let segment = self.0.segment(offset).ok_or(io::ErrorKind::NotFound)?;
+        let at = offset - segment.base;
+        if offset + len as u64 > self.end() || at + len as u64 > self.0.segment_bytes {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        if mapped && segment.map().is_some() {
+            let slice = Slice { from: at as usize, to: at as usize + len, segment };
+            return Ok(Bytes::from_owner(slice));
+        }
+        fs::read_exact_at(&*segment.file, len, at).map(Bytes::from)
+    }
+}
+
+/// Makes what was appended durable. Runs on a thread of its own.
+#[derive(Clone)]
+pub struct Syncer(Arc<Shared>);
+
+impl Syncer {
+    pub fn flushed(&self) -> u64 {
+        self.0.flushed.load(Ordering::Acquire)
+    }
+
+    /// Syncs everything appended before the call; returns the offset below which all is durable.
+    pub fn sync(&self) -> Result<u64> {
+        self.0.check()?;
+        let end = self.0.end.load(Ordering::Acquire);
+        if end == self.flushed() {
+            return Ok(end);
+        }
+        let bases = std::mem::take(&mut *self.0.dirty.lock());
+        for base in bases {
+            let Some(segment) = self.0.segments.read().get(&base).cloned() else { continue };
+            segment.file.sync().map_err(|e| self.0.poison("sync", e))?;
+        }
+        self.0.flushed.store(end, Ordering::Release);
+        // Only a hint for recovery, so it is not synced itself: what it says is true whenever it is read.
+        let _ = self.0.flushed_file.write_at(&encode_flushed(end), 0);
+        Ok(end)
+    }
+}
+
+const FLUSHED_MAGIC: &[u8; 4] = b"FMF1";
+
+/// `FMF1`, offset (8, big-endian), CRC-32 of both (4).
+fn encode_flushed(offset: u64) -> [u8; 16] {
+    let mut out = [0; 16];
+    out[..4].copy_from_slice(FLUSHED_MAGIC);
+    out[4..12].copy_from_slice(&offset.to_be_bytes());
+    let crc = crc32fast::hash(&out[..12]);
+    out[12..].copy_from_slice(&crc.to_be_bytes());
+    out
+}
+
+fn read_flushed(file: &dyn File) -> io::Result<u64> {
+    let mut buf = [0; 16];
+    let n = file.read_at(&mut buf, 0)?;
+    let offset = record::get64(&buf, 4).unwrap_or(0);
+    Ok(if n == 16 && buf == encode_flushed(offset) { offset } else { 0 })
+}
