@@ -103,6 +103,12 @@ impl Writer {
         std::mem::take(&mut self.body)
     }
 
+    /// Puts back what was taken but could not be stored: it goes before everything after it.
+    pub fn restore(&mut self, body: Vec<u8>) {
+        debug_assert!(self.body.is_empty());
+        self.body = body;
+    }
+
     pub fn push(&mut self, change: &Change) {
         if self.body.is_empty() {
             self.body.push(VERSION);
@@ -309,6 +315,20 @@ mod tests {
             body.insert(0, VERSION);
             let _ = decode(&body);
         }
+    }
+
+    #[test]
+    fn what_could_not_be_stored_goes_first() {
+        let seek = |next| {
+            let cursor = CursorKey { group: Group::stored("g"), topic: Topic::stored("t"), queue: 0 };
+            Change::Seek { cursor, next }
+        };
+        let mut writer = Writer::default();
+        writer.push(&seek(1));
+        let body = writer.take();
+        writer.restore(body);
+        writer.push(&seek(2));
+        assert_eq!(decode(&writer.take()).unwrap(), [seek(1), seek(2)]);
     }
 
     #[test]

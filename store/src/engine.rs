@@ -130,7 +130,6 @@ struct Staged {
     entries: Vec<(Topic, u32, u64, Entry)>,
     /// Messages staged per queue.
     counts: HashMap<(Topic, u32), u64>,
-    changes: Writer,
 }
 
 pub struct Engine {
@@ -143,6 +142,11 @@ pub struct Engine {
     pop: Pop,
     meta: Meta,
     staged: Staged,
+    /// Changes carried out in memory that the log does not hold yet. They stay here until it does: a later change
+    /// must never be in the log without the earlier ones.
+    changes: Writer,
+    /// Set while the disk is too full for them.
+    stuck: bool,
     changes_topic: Topic,
     /// Where the next pop of a group and topic begins.
     turns: HashMap<(Group, Topic), u32>,
@@ -211,6 +215,8 @@ impl Engine {
             pop,
             meta,
             staged: Staged::default(),
+            changes: Writer::default(),
+            stuck: false,
             changes_topic: Topic::stored(CHANGES_TOPIC),
             turns: HashMap::new(),
             covered: covered.offset,
@@ -295,7 +301,7 @@ impl Engine {
 
     /// Stages a change and carries it out.
     fn change(&mut self, change: Change) {
-        self.staged.changes.push(&change);
+        self.changes.push(&change);
         if let Err(error) = self.apply(&change) {
             tracing::error!(%error, "a deleted topic's index could not be removed");
         }
@@ -415,21 +421,24 @@ impl Engine {
     }
 
     fn stage_changes(&mut self, now: Timestamp) -> Result<()> {
-        if self.staged.changes.is_empty() {
+        if self.changes.is_empty() {
             return Ok(());
         }
-        let body = Bytes::from(self.staged.changes.take());
         let host = self.options.host;
-        let message = NewMessage {
+        let mut message = NewMessage {
             queue: 0,
-            body,
+            body: Bytes::new(),
             properties: Bytes::new(),
             sys_flag: 0,
             born_timestamp_ms: now.0,
             born_host: host,
         };
         let topic = self.changes_topic.clone();
-        self.room_for(record_len(&topic, &message, host) as u64, Room::Reserve)?;
+        let bytes = record_len(&topic, &message, host) + self.changes.len();
+        let room = self.room_for(bytes as u64, Room::Reserve);
+        self.stuck = room.is_err();
+        room?;
+        message.body = self.changes.take().into();
         self.stage(&topic, &message, 0, now);
         Ok(())
     }
@@ -439,6 +448,10 @@ impl Engine {
     /// Hands out messages of a topic to a group: of its retry topic first every fifth time, otherwise after it.
     pub fn pop(&mut self, request: &PopRequest<'_>, now: Timestamp) -> Result<Vec<Popped>> {
         self.log.check()?;
+        if self.stuck {
+            // No more rows that the log does not know of.
+            self.room_for(2 * self.changes.len() as u64, Room::Reserve)?;
+        }
         let turn = self.turns.entry((request.group.clone(), request.topic.clone())).or_default();
         *turn = turn.wrapping_add(1);
         let turn = *turn;
@@ -748,9 +761,10 @@ impl Engine {
         self.index.buffered()
     }
 
-    /// False once the disk has failed to sync derived state: it is rebuilt from the log at the next start.
+    /// False while the log lacks changes, and once the disk has failed to sync derived state: then it is rebuilt
+    /// from the log at the next start.
     pub fn can_checkpoint(&self) -> bool {
-        !self.checkpoints_stopped
+        !self.checkpoints_stopped && self.changes.is_empty()
     }
 
     /// Takes derived state as of now. Nothing may be staged.

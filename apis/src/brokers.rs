@@ -1,0 +1,93 @@
+//! What a proxy asks of the brokers, whether they run in this process or elsewhere. Both implementations pass
+//! the same conformance suite. The messages are the internal protocol's, so that a remote call converts nothing.
+
+use std::future::Future;
+
+use crate::context::CallContext;
+use crate::internal::*;
+use crate::status::Error;
+
+pub type Reply<T> = std::result::Result<T, Error>;
+
+/// Calls to brokers by name. Every call has a context; its deadline bounds the call.
+pub trait Brokers: Clone + Send + Sync + 'static {
+    /// Stores messages of one topic, all or none. Returns once they are as durable as the broker is configured.
+    fn append(
+        &self,
+        broker: &str,
+        context: &CallContext,
+        request: AppendRequest,
+    ) -> impl Future<Output = Reply<AppendReply>> + Send;
+
+    /// Hands messages out to a group; waits up to `poll_ms` for one. A caller that goes away loses nothing:
+    /// what was meant for it becomes visible at once.
+    fn pop(
+        &self,
+        broker: &str,
+        context: &CallContext,
+        request: PopRequest,
+    ) -> impl Future<Output = Reply<PopReply>> + Send;
+
+    fn ack(
+        &self,
+        broker: &str,
+        context: &CallContext,
+        request: AckRequest,
+    ) -> impl Future<Output = Reply<AckReply>> + Send;
+
+    fn change_invisible(
+        &self,
+        broker: &str,
+        context: &CallContext,
+        request: ChangeInvisibleRequest,
+    ) -> impl Future<Output = Reply<ChangeInvisibleReply>> + Send;
+
+    fn dead_letter(
+        &self,
+        broker: &str,
+        context: &CallContext,
+        request: DeadLetterRequest,
+    ) -> impl Future<Output = Reply<DeadLetterReply>> + Send;
+
+    fn liveness(
+        &self,
+        broker: &str,
+        context: &CallContext,
+        request: LivenessRequest,
+    ) -> impl Future<Output = Reply<LivenessReply>> + Send;
+
+    fn read(
+        &self,
+        broker: &str,
+        context: &CallContext,
+        request: ReadRequest,
+    ) -> impl Future<Output = Reply<ReadReply>> + Send;
+
+    fn metadata(
+        &self,
+        broker: &str,
+        context: &CallContext,
+        request: MetadataRequest,
+    ) -> impl Future<Output = Reply<MetadataReply>> + Send;
+
+    fn put_metadata(
+        &self,
+        broker: &str,
+        context: &CallContext,
+        request: PutMetadataRequest,
+    ) -> impl Future<Output = Reply<PutMetadataReply>> + Send;
+
+    fn group_lag(
+        &self,
+        broker: &str,
+        context: &CallContext,
+        request: GroupLagRequest,
+    ) -> impl Future<Output = Reply<GroupLagReply>> + Send;
+}
+
+/// What proxies and brokers ask of a name server.
+pub trait NameServers: Clone + Send + Sync + 'static {
+    fn register(&self, request: RegisterRequest) -> impl Future<Output = Reply<RegisterReply>> + Send;
+    fn route(&self, request: RouteRequest) -> impl Future<Output = Reply<RouteReply>> + Send;
+    fn cluster(&self, request: ClusterRequest) -> impl Future<Output = Reply<ClusterReply>> + Send;
+}

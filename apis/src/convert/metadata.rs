@@ -1,0 +1,41 @@
+//! Topic and group records: model to internal wire and back.
+
+use model::{Group, GroupConfig, MessageType, Topic, TopicConfig, limits};
+
+use crate::internal;
+
+pub fn topic_to_wire(config: &TopicConfig) -> internal::TopicConfig {
+    internal::TopicConfig {
+        name: config.topic.as_str().into(),
+        queues: config.queues,
+        types: config.types.iter().map(|t| *t as i32).collect(),
+        version: config.version,
+    }
+}
+
+pub fn topic_from_wire(config: &internal::TopicConfig) -> TopicConfig {
+    TopicConfig {
+        topic: Topic::stored(&config.name),
+        queues: config.queues.clamp(1, limits::QUEUES_MAX),
+        types: config.types.iter().filter_map(|t| MessageType::from_number(*t)).collect(),
+        version: config.version,
+    }
+}
+
+pub fn group_to_wire(config: &GroupConfig) -> internal::GroupConfig {
+    internal::GroupConfig {
+        name: config.group.as_str().into(),
+        fifo: config.fifo,
+        max_attempts: config.max_attempts,
+        version: config.version,
+    }
+}
+
+pub fn group_from_wire(config: &internal::GroupConfig) -> GroupConfig {
+    GroupConfig {
+        group: Group::stored(&config.name),
+        fifo: config.fifo,
+        max_attempts: config.max_attempts.max(1),
+        version: config.version,
+    }
+}

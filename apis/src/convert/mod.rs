@@ -1,0 +1,5 @@
+//! Between the wire of official clients and what brokers store.
+
+pub mod metadata;
+pub mod receive;
+pub mod send;

@@ -1,0 +1,360 @@
+//! The one owner of the [`Engine`]. Commands are staged, committed as one group and then answered. Sans-thread:
+//! `threads` drives it for real, the simulation drives it with virtual time.
+
+use std::collections::VecDeque;
+
+use apis::status::Error;
+use model::{Timestamp, Topic};
+use store::checkpoint::Checkpoint;
+use store::engine::{Committed, PopRequest, Stored};
+use store::pop::Standing;
+use store::{Engine, FlushMode, Popped, StoreError};
+use tokio::sync::oneshot;
+
+use crate::command::{Answer, Command, PopCommand};
+use crate::error;
+use crate::waiters::{Key, Waiters};
+
+/// How much log a restart may have to replay, and how long derived state may stay behind.
+const CHECKPOINT_BYTES: u64 = 64 << 20;
+const CHECKPOINT_MS: i64 = 5_000;
+/// In async mode the log is synced this long after a write at the latest.
+const FLUSH_MS: i64 = 500;
+/// Queue entries kept in memory before they are written behind.
+const BUFFERED_ENTRIES_MAX: usize = 64 * 1024;
+
+/// An answer that waits for the commit it belongs to.
+pub enum Reply {
+    Stored(Answer<Vec<Stored>>, Vec<Stored>),
+    Settled(Answer<Vec<Standing>>, Vec<Standing>),
+    Changed(Answer<Option<model::Receipt>>, Option<model::Receipt>),
+    Buried(Answer<Standing>, Standing),
+    Meta(Answer<u64>, u64),
+    Done(Answer<()>),
+}
+
+impl Reply {
+    pub fn send(self, result: Result<(), Error>) {
+        match self {
+            Reply::Stored(answer, value) => drop(answer.send(result.map(|()| value))),
+            Reply::Settled(answer, value) => drop(answer.send(result.map(|()| value))),
+            Reply::Changed(answer, value) => drop(answer.send(result.map(|()| value))),
+            Reply::Buried(answer, value) => drop(answer.send(result.map(|()| value))),
+            Reply::Meta(answer, value) => drop(answer.send(result.map(|()| value))),
+            Reply::Done(answer) => drop(answer.send(result)),
+        }
+    }
+
+    /// True if it stands on a change record rather than on a message.
+    fn needs_changes(&self) -> bool {
+        !matches!(self, Reply::Stored(..))
+    }
+}
+
+/// Answers that may go out once the log is flushed up to `end`.
+pub struct Pending {
+    pub end: u64,
+    pub replies: Vec<Reply>,
+}
+
+/// What a step wants done outside.
+#[derive(Default)]
+pub struct Effects {
+    /// To be answered after the next sync (sync mode).
+    pub pending: Option<Pending>,
+    /// To be written by another thread.
+    pub checkpoint: Option<Checkpoint>,
+    /// The log is to be synced.
+    pub sync: bool,
+    pub stopped: bool,
+}
+
+pub struct EngineLoop {
+    engine: Engine,
+    waiters: Waiters,
+    replies: Vec<Reply>,
+    popped: Vec<(PopCommand, Answer<Vec<Popped>>, Vec<Popped>)>,
+    /// Topics with messages that are not durable yet, and so not visible (sync mode).
+    hidden: VecDeque<(u64, Vec<Topic>)>,
+    checkpointing: bool,
+    last_checkpoint: Timestamp,
+    dirty_since: Option<Timestamp>,
+    stop: Option<oneshot::Sender<()>>,
+}
+
+impl EngineLoop {
+    pub fn new(engine: Engine, now: Timestamp) -> Self {
+        Self {
+            engine,
+            waiters: Waiters::default(),
+            replies: Vec::new(),
+            popped: Vec::new(),
+            hidden: VecDeque::new(),
+            checkpointing: false,
+            last_checkpoint: now,
+            dirty_since: None,
+            stop: None,
+        }
+    }
+
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    /// When the loop wants to run even if nobody asks.
+    pub fn next_wake(&self, now: Timestamp) -> Option<Timestamp> {
+        let flush = self.dirty_since.map(|since| since.plus_ms(FLUSH_MS));
+        let behind = self.engine.uncovered() > 0 && !self.checkpointing;
+        let checkpoint = behind.then(|| self.last_checkpoint.plus_ms(CHECKPOINT_MS));
+        // What is due but cannot be done now (a full disk) is tried again, not spun on.
+        let due = self.engine.next_due().map(|at| if at <= now { now.plus_ms(100) } else { at });
+        [flush, checkpoint, due].into_iter().flatten().min()
+    }
+
+    /// Stages one command.
+    pub fn handle(&mut self, command: Command, now: Timestamp) {
+        match command {
+            Command::Append { topic, messages, answer } => {
+                match self.append(&topic, &messages, now) {
+                    Ok(stored) => self.replies.push(Reply::Stored(answer, stored)),
+                    Err(e) => drop(answer.send(Err(e))),
+                };
+            }
+            Command::Pop { request, answer } => self.pop(request, answer, now),
+            Command::Ack { receipts, answer } => {
+                let standings: Result<Vec<_>, _> =
+                    receipts.iter().map(|r| self.engine.acknowledge(r, now)).collect();
+                self.stage(answer, standings, Reply::Settled);
+            }
+            Command::ChangeInvisible { receipt, invisible_ms, answer } => {
+                let changed = self.engine.change_invisible(&receipt, invisible_ms, now);
+                self.stage(answer, changed, Reply::Changed);
+            }
+            Command::DeadLetter { receipt, answer } => {
+                let standing = self.engine.dead_letter(&receipt, now);
+                self.stage(answer, standing, Reply::Buried);
+            }
+            Command::Release(receipts) => self.release(&receipts, now),
+            Command::PutMeta { changes, answer } => {
+                changes.into_iter().for_each(|change| self.engine.put_meta(change));
+                self.replies.push(Reply::Meta(answer, self.engine.meta().version()));
+            }
+            Command::Liveness { alive, gone, answer } => {
+                alive.iter().for_each(|client| self.engine.client_seen(client, now));
+                gone.iter().for_each(|client| self.engine.client_gone(client, now));
+                self.replies.push(Reply::Done(answer));
+            }
+            Command::Look(look) => look(&self.engine),
+            Command::Flushed(flushed) => self.flushed(flushed, now),
+            Command::CheckpointWritten(result) => {
+                self.checkpointing = false;
+                self.engine.checkpoint_written(result);
+            }
+            Command::Stop(done) => self.stop = Some(done),
+        }
+    }
+
+    fn stage<T>(
+        &mut self,
+        answer: Answer<T>,
+        result: Result<T, StoreError>,
+        reply: fn(Answer<T>, T) -> Reply,
+    ) {
+        match result {
+            Ok(value) => self.replies.push(reply(answer, value)),
+            Err(e) => drop(answer.send(Err(error::of_store(&e)))),
+        }
+    }
+
+    fn append(
+        &mut self,
+        topic: &Topic,
+        messages: &[store::NewMessage],
+        now: Timestamp,
+    ) -> Result<Vec<Stored>, Error> {
+        let config = self.engine.meta().topic(topic).ok_or_else(|| Error::topic_not_found(topic))?;
+        if let Some(m) = messages.iter().find(|m| m.queue >= config.queues) {
+            let what =
+                format!("topic {topic} has {} queues here; there is no queue {}", config.queues, m.queue);
+            return Err(Error::new(apis::v2::Code::Forbidden, what));
+        }
+        self.engine.append(topic, messages, now).map_err(|e| error::of_store(&e))
+    }
+
+    fn pop(&mut self, request: PopCommand, answer: Answer<Vec<Popped>>, now: Timestamp) {
+        if request.auto_renew {
+            self.engine.client_seen(&request.client, now);
+        }
+        let checks = self.check_pop(&request);
+        let popped = checks.and_then(|()| self.pop_now(&request, now).map_err(|e| error::of_store(&e)));
+        match popped {
+            Ok(popped) if popped.is_empty() && request.wait => self.waiters.park(request, answer),
+            Ok(popped) => self.popped.push((request, answer, popped)),
+            Err(e) => drop(answer.send(Err(e))),
+        }
+    }
+
+    fn check_pop(&self, request: &PopCommand) -> Result<(), Error> {
+        let meta = self.engine.meta();
+        meta.topic(&request.topic).ok_or_else(|| Error::topic_not_found(&request.topic))?;
+        let group = meta.group(&request.group).ok_or_else(|| Error::group_not_found(&request.group))?;
+        if group.fifo {
+            let what =
+                format!("group {} consumes in order, which this version does not do yet", request.group);
+            return Err(Error::new(apis::v2::Code::NotImplemented, what));
+        }
+        Ok(())
+    }
+
+    fn pop_now(&mut self, request: &PopCommand, now: Timestamp) -> Result<Vec<Popped>, StoreError> {
+        let request = PopRequest {
+            group: &request.group,
+            topic: &request.topic,
+            filter: &request.filter,
+            max: request.max,
+            invisible_ms: request.invisible_ms,
+            renewed_for: request.auto_renew.then(|| request.client.clone()),
+        };
+        self.engine.pop(&request, now)
+    }
+
+    fn release(&mut self, receipts: &[model::Receipt], now: Timestamp) {
+        for receipt in receipts {
+            if let Err(error) = self.engine.change_invisible(receipt, 0, now) {
+                tracing::warn!(%error, "a message that reached nobody stays invisible for its time");
+            }
+        }
+    }
+
+    fn flushed(&mut self, flushed: u64, now: Timestamp) {
+        while let Some((_, topics)) = self.hidden.pop_front_if(|(end, _)| *end <= flushed) {
+            self.serve(&topics, now);
+        }
+    }
+
+    /// Commits what is staged, answers, and serves those who waited for it.
+    pub fn finish(&mut self, now: Timestamp) -> Effects {
+        let mut effects = Effects::default();
+        if self.engine.next_due().is_some_and(|due| due <= now) {
+            match self.engine.expire(now) {
+                Ok(_) | Err(StoreError::DiskFull { .. } | StoreError::Poisoned { .. }) => {}
+                Err(error) => {
+                    tracing::error!(%error, "messages whose invisible time is over could not be moved")
+                }
+            }
+        }
+        // Serving waiters stages rows of its own, which go into a second group.
+        while let Some(topics) = self.commit(now, &mut effects) {
+            match self.engine.flush_mode() {
+                FlushMode::Async => self.serve(&topics, now),
+                FlushMode::Sync => self.hidden.push_back((self.engine.end(), topics)),
+            }
+        }
+        self.keep_house(now, &mut effects);
+        effects
+    }
+
+    /// Topics with new messages, if there are any.
+    fn commit(&mut self, now: Timestamp, effects: &mut Effects) -> Option<Vec<Topic>> {
+        let before = self.engine.end();
+        let committed = self.engine.commit(now);
+        let replies = std::mem::take(&mut self.replies);
+        let popped = std::mem::take(&mut self.popped);
+        let Committed { end, topics, changes } = match committed {
+            Ok(committed) => committed,
+            Err(e) => {
+                let e = error::of_store(&e);
+                replies.into_iter().for_each(|r| r.send(Err(e.clone())));
+                popped.into_iter().for_each(|(_, answer, _)| drop(answer.send(Err(e.clone()))));
+                return None;
+            }
+        };
+        if end != before {
+            self.dirty_since.get_or_insert(now);
+        }
+        self.answer(replies, end, changes, effects);
+        for (_, answer, popped) in popped {
+            if let Err(Ok(popped)) = answer.send(Ok(popped)) {
+                let receipts: Vec<_> = popped.into_iter().map(|p| p.receipt).collect();
+                self.release(&receipts, now);
+            }
+        }
+        (!topics.is_empty()).then_some(topics)
+    }
+
+    fn answer(
+        &mut self,
+        replies: Vec<Reply>,
+        end: u64,
+        changes: Result<(), StoreError>,
+        effects: &mut Effects,
+    ) {
+        let mut pending = Vec::new();
+        for reply in replies {
+            match &changes {
+                Err(e) if reply.needs_changes() => reply.send(Err(error::of_store(e))),
+                _ if self.engine.flush_mode() == FlushMode::Sync => pending.push(reply),
+                _ => reply.send(Ok(())),
+            }
+        }
+        if self.engine.flush_mode() == FlushMode::Sync && end > self.engine.syncer().flushed() {
+            effects.sync = true;
+        }
+        if !pending.is_empty() {
+            effects.sync = true;
+            let all = effects.pending.get_or_insert(Pending { end, replies: Vec::new() });
+            all.end = end;
+            all.replies.extend(pending);
+        }
+    }
+
+    fn serve(&mut self, topics: &[Topic], now: Timestamp) {
+        for key in self.waiters.wanting(topics) {
+            self.serve_line(&key, now);
+        }
+    }
+
+    fn serve_line(&mut self, key: &Key, now: Timestamp) {
+        while let Some((request, answer)) = self.waiters.next(key) {
+            match self.pop_now(&request, now) {
+                Ok(popped) if popped.is_empty() => return self.waiters.put_back(key, (request, answer)),
+                Ok(popped) => self.popped.push((request, answer, popped)),
+                Err(e) => drop(answer.send(Err(error::of_store(&e)))),
+            }
+        }
+    }
+
+    fn keep_house(&mut self, now: Timestamp, effects: &mut Effects) {
+        if self.dirty_since.is_some_and(|since| now.since(since) >= FLUSH_MS) {
+            effects.sync = true;
+        }
+        if effects.sync {
+            self.dirty_since = None;
+        }
+        let behind = self.engine.uncovered();
+        let due = behind > CHECKPOINT_BYTES
+            || self.engine.buffered() > BUFFERED_ENTRIES_MAX
+            || (behind > 0 && now.since(self.last_checkpoint) >= CHECKPOINT_MS);
+        if due && !self.checkpointing && self.engine.can_checkpoint() {
+            self.last_checkpoint = now;
+            match self.engine.checkpoint(now, false) {
+                Ok(checkpoint) => {
+                    self.checkpointing = true;
+                    effects.checkpoint = Some(checkpoint);
+                }
+                Err(error) => tracing::warn!(%error, "no checkpoint could be taken; it is tried again"),
+            }
+        }
+        effects.stopped = self.stop.is_some() && !self.checkpointing && effects.checkpoint.is_none();
+    }
+
+    /// A clean stop; the loop is gone afterwards.
+    pub fn close(self, now: Timestamp) {
+        if let Err(error) = self.engine.close(now) {
+            tracing::error!(%error, "the store was not closed cleanly; the next start replays the log");
+        }
+        if let Some(done) = self.stop {
+            let _ = done.send(());
+        }
+    }
+}

@@ -1,0 +1,372 @@
+//! A broker as its callers see it: checks the request, asks the engine's thread, reads bodies on the way out.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use apis::brokers::Reply;
+use apis::context::CallContext;
+use apis::convert::metadata as wire;
+use apis::internal::*;
+use apis::status::Error;
+use apis::v2::Code;
+use crossbeam_channel::Sender;
+use model::receipt::ReceiptError;
+use model::{Group, Receipt, ReceiptKey, TagFilter, Topic, limits, message};
+use store::change::Change;
+use store::engine::Stored;
+use store::log::LogReader;
+use store::log::record::Record;
+use store::pop::Standing;
+use store::{Engine, NewMessage, Popped};
+use tokio::sync::{Semaphore, oneshot};
+use tokio::time::Instant;
+
+use crate::command::{Answer, Command, PopCommand};
+use crate::error;
+
+/// Bodies on their way into the log, in KiB.
+const INCOMING_MAX_KIB: usize = 64 * 1024;
+/// Bytes of bodies in one answer.
+const ANSWER_MAX_BYTES: usize = 32 << 20;
+
+/// A handle on a running broker; cheap to clone.
+#[derive(Clone)]
+pub struct Broker(Arc<Inner>);
+
+struct Inner {
+    name: String,
+    commands: Sender<Command>,
+    reader: LogReader,
+    key: ReceiptKey,
+    incoming: Arc<Semaphore>,
+}
+
+impl Broker {
+    pub fn new(name: String, commands: Sender<Command>, engine: &Engine) -> Self {
+        let incoming = Arc::new(Semaphore::new(INCOMING_MAX_KIB));
+        Self(Arc::new(Inner { name, commands, reader: engine.reader(), key: engine.key(), incoming }))
+    }
+
+    pub fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(Answer<T>) -> Command) -> Reply<T> {
+        let (answer, reply) = oneshot::channel();
+        self.0.commands.send(command(answer)).map_err(|_| error::stopped())?;
+        reply.await.unwrap_or_else(|_| Err(error::stopped()))
+    }
+
+    async fn look<T: Send + 'static>(&self, look: impl FnOnce(&Engine) -> T + Send + 'static) -> Reply<T> {
+        let (answer, reply) = oneshot::channel();
+        let look = Command::Look(Box::new(move |engine| drop(answer.send(look(engine)))));
+        self.0.commands.send(look).map_err(|_| error::stopped())?;
+        reply.await.map_err(|_| error::stopped())
+    }
+
+    /// Stops cleanly: everything durable. Returns when it is done.
+    pub async fn stop(&self) {
+        let (done, stopped) = oneshot::channel();
+        if self.0.commands.send(Command::Stop(done)).is_ok() {
+            let _ = stopped.await;
+        }
+    }
+
+    pub async fn append(&self, request: AppendRequest) -> Reply<AppendReply> {
+        let topic = Topic::stored(&request.topic);
+        let messages: Vec<NewMessage> =
+            request.messages.into_iter().map(new_message).collect::<Result<_, _>>()?;
+        let bytes: usize = messages.iter().map(|m| m.body.len() + m.properties.len()).sum();
+        let kib = (bytes / 1024 + 1).min(INCOMING_MAX_KIB) as u32;
+        let _room = self.0.incoming.acquire_many(kib).await.map_err(|_| error::stopped())?;
+        let stored = self.ask(|answer| Command::Append { topic, messages, answer }).await?;
+        let result = |s: Stored| Appended {
+            queue_id: s.queue,
+            queue_offset: s.queue_offset,
+            log_offset: s.log_offset,
+        };
+        Ok(AppendReply { results: stored.into_iter().map(result).collect() })
+    }
+
+    pub async fn pop(&self, context: &CallContext, request: PopRequest) -> Reply<PopReply> {
+        let deadline = Instant::now() + Duration::from_millis(request.poll_ms.max(0) as u64);
+        let command = PopCommand {
+            group: Group::stored(&request.group),
+            topic: Topic::stored(&request.topic),
+            filter: TagFilter::parse(&request.tags)?,
+            max: request.max_messages.clamp(1, limits::RECEIVE_BATCH_MAX) as usize,
+            invisible_ms: if request.auto_renew {
+                limits::INVISIBLE_RENEWED_MS
+            } else {
+                request.invisible_ms
+            },
+            client: context.client_id.as_str().into(),
+            auto_renew: request.auto_renew,
+            wait: request.poll_ms > 0,
+        };
+        loop {
+            let popped = self.pop_or_wait(&command, deadline).await?;
+            if popped.is_empty() {
+                return Ok(PopReply::default());
+            }
+            let mut release = Release::new(self, &popped);
+            let messages = self.deliver(popped, &command).await?;
+            release.settle();
+            // All of them turned out not to match the filter: back in line for what is left of the time.
+            if !messages.is_empty() || Instant::now() >= deadline {
+                return Ok(PopReply { messages });
+            }
+        }
+    }
+
+    async fn pop_or_wait(&self, command: &PopCommand, deadline: Instant) -> Reply<Vec<Popped>> {
+        let (answer, mut reply) = oneshot::channel();
+        let wait = command.wait && Instant::now() < deadline;
+        let command = Command::Pop { request: PopCommand { wait, ..command.clone() }, answer };
+        self.0.commands.send(command).map_err(|_| error::stopped())?;
+        if !wait {
+            return reply.await.unwrap_or_else(|_| Err(error::stopped()));
+        }
+        match tokio::time::timeout_at(deadline, &mut reply).await {
+            Ok(result) => result.unwrap_or_else(|_| Err(error::stopped())),
+            Err(_) => {
+                // What was answered in this very moment is not lost.
+                reply.close();
+                reply.try_recv().unwrap_or_else(|_| Ok(Vec::new()))
+            }
+        }
+    }
+
+    /// Reads bodies and filters exactly. What does not match, or cannot be read, is acknowledged silently.
+    async fn deliver(&self, popped: Vec<Popped>, command: &PopCommand) -> Reply<Vec<Delivered>> {
+        let reader = self.0.reader.clone();
+        let read = move |popped: Vec<Popped>| -> Vec<(Popped, Option<Record>)> {
+            popped
+                .into_iter()
+                .map(|p| (reader.read(p.log_offset, p.size).ok(), p))
+                .map(|(r, p)| (p, r))
+                .collect()
+        };
+        let hot = popped.iter().all(|p| self.0.reader.is_hot(p.log_offset));
+        let records = if hot {
+            read(popped)
+        } else {
+            tokio::task::spawn_blocking(move || read(popped)).await.map_err(|_| error::stopped())?
+        };
+        let mut out = Vec::with_capacity(records.len());
+        let (mut unwanted, mut later) = (Vec::new(), Vec::new());
+        let mut bytes = 0;
+        for (p, record) in records {
+            match record {
+                Some(r) if command.filter.matches(r.property(message::TAGS)) => {
+                    bytes += r.body.len();
+                    if bytes > ANSWER_MAX_BYTES && !out.is_empty() {
+                        later.push(p.receipt);
+                        continue;
+                    }
+                    out.push(self.delivered(r, &p.receipt, command.invisible_ms));
+                }
+                Some(_) => unwanted.push(p.receipt),
+                None => {
+                    tracing::error!(topic = %p.receipt.topic, offset = p.receipt.offset, "unreadable message skipped");
+                    unwanted.push(p.receipt);
+                }
+            }
+        }
+        if !unwanted.is_empty() {
+            self.ask(|answer| Command::Ack { receipts: unwanted, answer }).await?;
+        }
+        if !later.is_empty() {
+            let _ = self.0.commands.send(Command::Release(later));
+        }
+        Ok(out)
+    }
+
+    fn delivered(&self, r: Record, receipt: &Receipt, invisible_ms: i64) -> Delivered {
+        let handle = receipt.encode(&self.0.name, &self.0.key);
+        Delivered {
+            handle,
+            attempt: r.reconsume_times + 1,
+            invisible_ms,
+            topic: receipt.topic.as_str().into(),
+            ..plain(r)
+        }
+    }
+
+    fn receipt(&self, handle: &str, group: &str, topic: &str) -> Result<Receipt, Error> {
+        let invalid = |what: String| Error::new(Code::InvalidReceiptHandle, what);
+        let receipt =
+            Receipt::decode(handle, &self.0.key).map_err(|e: ReceiptError| invalid(e.to_string()))?;
+        if receipt.group.as_str() != group {
+            return Err(invalid(format!(
+                "the receipt handle belongs to group {}, not to {group}",
+                receipt.group
+            )));
+        }
+        if receipt.topic.as_str() != topic {
+            return Err(invalid(format!(
+                "the receipt handle belongs to topic {}, not to {topic}",
+                receipt.topic
+            )));
+        }
+        Ok(receipt)
+    }
+
+    pub async fn ack(&self, request: AckRequest) -> Reply<AckReply> {
+        let receipts: Vec<_> =
+            request.handles.iter().map(|h| self.receipt(h, &request.group, &request.topic).ok()).collect();
+        let valid = receipts.iter().flatten().cloned().collect::<Vec<_>>();
+        let standings = match valid.is_empty() {
+            true => Vec::new(),
+            false => self.ask(|answer| Command::Ack { receipts: valid, answer }).await?,
+        };
+        let mut standings = standings.into_iter();
+        let mut result = |receipt: Option<Receipt>| match receipt.and_then(|_| standings.next()) {
+            None => AckResult::AckInvalidHandle,
+            Some(Standing::Expired) => AckResult::AckExpired,
+            Some(_) => AckResult::AckOk,
+        };
+        Ok(AckReply { results: receipts.into_iter().map(|r| result(r).into()).collect() })
+    }
+
+    pub async fn change_invisible(&self, request: ChangeInvisibleRequest) -> Reply<ChangeInvisibleReply> {
+        let receipt = self.receipt(&request.handle, &request.group, &request.topic)?;
+        let invisible_ms = request.invisible_ms.clamp(0, limits::INVISIBLE_MAX_MS);
+        let changed = self.ask(|answer| Command::ChangeInvisible { receipt, invisible_ms, answer }).await?;
+        let changed = changed.ok_or_else(expired)?;
+        Ok(ChangeInvisibleReply { handle: changed.encode(&self.0.name, &self.0.key) })
+    }
+
+    pub async fn dead_letter(&self, request: DeadLetterRequest) -> Reply<DeadLetterReply> {
+        let receipt = self.receipt(&request.handle, &request.group, &request.topic)?;
+        match self.ask(|answer| Command::DeadLetter { receipt, answer }).await? {
+            Standing::Expired => Err(expired()),
+            _ => Ok(DeadLetterReply {}),
+        }
+    }
+
+    pub async fn liveness(&self, request: LivenessRequest) -> Reply<LivenessReply> {
+        let LivenessRequest { alive, gone } = request;
+        self.ask(|answer| Command::Liveness { alive, gone, answer }).await?;
+        Ok(LivenessReply {})
+    }
+
+    pub async fn read(&self, request: ReadRequest) -> Reply<ReadReply> {
+        let topic = Topic::stored(&request.topic);
+        let (queue, max) = (request.queue_id, request.max_messages.clamp(1, 256) as usize);
+        let looked = self.look(move |engine| {
+            let bounds = engine.bounds(&topic, queue);
+            engine.entries(&topic, queue, request.offset, max).map(|entries| (bounds, entries))
+        });
+        let (bounds, entries) = looked.await?.map_err(|e| error::of_store(&e))?;
+        let reader = self.0.reader.clone();
+        let read = move || -> Vec<Delivered> {
+            let records = entries.into_iter().filter(|e| !e.is_hole());
+            records.filter_map(|e| reader.read(e.log_offset, e.size).ok()).map(plain).collect()
+        };
+        let messages = tokio::task::spawn_blocking(read).await.map_err(|_| error::stopped())?;
+        Ok(ReadReply { messages, min_offset: bounds.min, max_offset: bounds.max })
+    }
+
+    pub async fn metadata(&self, _request: MetadataRequest) -> Reply<MetadataReply> {
+        let broker = self.0.name.clone();
+        self.look(move |engine| {
+            let meta = engine.meta();
+            MetadataReply {
+                broker,
+                version: meta.version(),
+                topics: meta.topics().map(wire::topic_to_wire).collect(),
+                groups: meta.groups().map(wire::group_to_wire).collect(),
+            }
+        })
+        .await
+    }
+
+    pub async fn put_metadata(&self, request: PutMetadataRequest) -> Reply<PutMetadataReply> {
+        let topics = request.topics.iter().map(|c| Change::PutTopic(wire::topic_from_wire(c)));
+        let groups = request.groups.iter().map(|c| Change::PutGroup(wire::group_from_wire(c)));
+        let no_topics = request.deleted_topics.iter().map(|t| Change::DeleteTopic(Topic::stored(t)));
+        let no_groups = request.deleted_groups.iter().map(|g| Change::DeleteGroup(Group::stored(g)));
+        let changes: Vec<Change> = topics.chain(groups).chain(no_topics).chain(no_groups).collect();
+        let version = self.ask(|answer| Command::PutMeta { changes, answer }).await?;
+        Ok(PutMetadataReply { version })
+    }
+
+    pub async fn group_lag(&self, request: GroupLagRequest) -> Reply<GroupLagReply> {
+        let group = Group::stored(&request.group);
+        let known = self.look(move |engine| {
+            engine
+                .meta()
+                .group(&group)
+                .map(|_| engine.lag(&group))
+                .ok_or_else(|| Error::group_not_found(&group))
+        });
+        let queues = known.await??.into_iter().map(|(key, bounds, lag)| QueueLag {
+            topic: key.topic.as_str().into(),
+            queue_id: key.queue,
+            min_offset: bounds.min,
+            max_offset: bounds.max,
+            committed: lag.committed,
+            in_flight: lag.in_flight,
+        });
+        Ok(GroupLagReply { queues: queues.collect() })
+    }
+}
+
+fn expired() -> Error {
+    let what = "the invisible time of this delivery is over: the message is, or will be, delivered again";
+    Error::new(Code::InvalidReceiptHandle, what)
+}
+
+fn new_message(m: AppendMessage) -> Result<NewMessage, Error> {
+    let unknown = ([0, 0, 0, 0], 0).into();
+    Ok(NewMessage {
+        queue: m.queue_id,
+        body: m.body,
+        properties: m.properties,
+        sys_flag: m.sys_flag,
+        born_timestamp_ms: m.born_timestamp_ms,
+        born_host: m.born_host.parse().unwrap_or(unknown),
+    })
+}
+
+/// A stored message without a delivery.
+fn plain(r: Record) -> Delivered {
+    Delivered {
+        topic: r.topic.to_string(),
+        queue_id: r.queue,
+        queue_offset: r.queue_offset,
+        properties: r.sent_properties(),
+        body: r.body,
+        sys_flag: r.sys_flag,
+        born_timestamp_ms: r.born_timestamp_ms,
+        born_host: r.born_host.to_string(),
+        store_timestamp_ms: r.store_timestamp_ms,
+        store_host: r.store_host.to_string(),
+        ..Delivered::default()
+    }
+}
+
+/// Gives messages back if the call that popped them is dropped before it returns.
+struct Release<'a> {
+    broker: &'a Broker,
+    receipts: Vec<Receipt>,
+}
+
+impl<'a> Release<'a> {
+    fn new(broker: &'a Broker, popped: &[Popped]) -> Self {
+        Self { broker, receipts: popped.iter().map(|p| p.receipt.clone()).collect() }
+    }
+
+    fn settle(&mut self) {
+        self.receipts.clear();
+    }
+}
+
+impl Drop for Release<'_> {
+    fn drop(&mut self) {
+        if !self.receipts.is_empty() {
+            let _ = self.broker.0.commands.send(Command::Release(std::mem::take(&mut self.receipts)));
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! A broker's life: `build` opens the store, `bind` takes the port, `run` serves, `drain` stops cleanly.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use apis::brokers::NameServers;
+use apis::internal::broker_service_server::BrokerServiceServer;
+use crossbeam_channel::unbounded;
+use model::{Clock, limits};
+use store::fs::Fs;
+use store::kv::Kv;
+use store::log::LogOptions;
+use store::{Engine, FlushMode, Options, RecoveryReport, StoreError};
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
+
+use crate::Broker;
+use crate::engine_loop::EngineLoop;
+use crate::register::{self, Identity};
+use crate::threads;
+
+#[derive(Clone, Debug)]
+pub struct BrokerConfig {
+    pub name: String,
+    pub cluster: String,
+    pub data: PathBuf,
+    pub flush: FlushMode,
+    pub log: LogOptions,
+    /// The address in records and routes.
+    pub host: SocketAddr,
+    /// The receipt key of a new store: 16 random bytes.
+    pub new_key: [u8; 16],
+}
+
+pub struct Node {
+    broker: Broker,
+    config: BrokerConfig,
+    report: RecoveryReport,
+}
+
+impl Node {
+    /// Opens the store and starts the engine. `kv` is opened after the folder has been claimed.
+    pub fn build(
+        config: BrokerConfig,
+        fs: Arc<dyn Fs>,
+        kv: impl FnOnce(&BrokerConfig) -> Result<Arc<dyn Kv>, StoreError>,
+        clock: impl Clock,
+    ) -> Result<Self, StoreError> {
+        let options = Options {
+            dir: config.data.clone(),
+            flush: config.flush,
+            log: config.log,
+            queue_file_entries: store::queue::ENTRIES_PER_FILE,
+            host: config.host,
+            new_key: config.new_key,
+        };
+        let lock = store::engine::claim(&*fs, &options)?;
+        let kv = kv(&config)?;
+        let now = clock.now();
+        let (engine, report) = Engine::open(options, fs, kv, lock, now)?;
+        tracing::info!(
+            broker = config.name,
+            end = report.end,
+            replayed = report.replayed,
+            torn = report.torn,
+            damaged = report.damaged.len(),
+            clean = report.clean,
+            "store opened"
+        );
+        let commands = unbounded();
+        let broker = Broker::new(config.name.clone(), commands.0.clone(), &engine);
+        threads::spawn(EngineLoop::new(engine, now), commands, clock);
+        Ok(Self { broker, config, report })
+    }
+
+    pub fn broker(&self) -> &Broker {
+        &self.broker
+    }
+
+    pub fn report(&self) -> &RecoveryReport {
+        &self.report
+    }
+
+    pub fn identity(&self, address: String) -> Identity {
+        Identity { cluster: self.config.cluster.clone(), broker_id: 0, address }
+    }
+
+    /// Serves the internal protocol and registers until `stop`, then drains.
+    pub async fn run(
+        self,
+        listener: TcpListener,
+        advertised: String,
+        name_servers: impl NameServers,
+        stop: CancellationToken,
+    ) -> Result<(), tonic::transport::Error> {
+        let identity = self.identity(advertised);
+        let registration = register::run(self.broker.clone(), identity, name_servers, stop.clone());
+        let registration = tokio::spawn(registration);
+        let service = BrokerServiceServer::new(self.broker.clone())
+            .max_decoding_message_size(limits::FRAME_MAX_BYTES)
+            .max_encoding_message_size(limits::FRAME_MAX_BYTES);
+        let served = tonic::transport::Server::builder()
+            .tcp_nodelay(true)
+            .add_service(service)
+            .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.cancelled())
+            .await;
+        let _ = registration.await;
+        self.drain().await;
+        served
+    }
+
+    /// Everything durable, nothing to replay at the next start.
+    pub async fn drain(self) {
+        self.broker.stop().await;
+    }
+}
