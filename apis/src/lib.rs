@@ -5,6 +5,7 @@ pub mod brokers;
 pub mod context;
 pub mod convert;
 pub mod names;
+pub mod remote;
 pub mod status;
 
 #[allow(clippy::all, clippy::unwrap_used)]

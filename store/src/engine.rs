@@ -450,7 +450,7 @@ impl Engine {
         self.log.check()?;
         if self.stuck {
             // No more rows that the log does not know of.
-            self.room_for(2 * self.changes.len() as u64, Room::Reserve)?;
+            self.stage_changes(now)?;
         }
         let turn = self.turns.entry((request.group.clone(), request.topic.clone())).or_default();
         *turn = turn.wrapping_add(1);
@@ -626,6 +626,7 @@ impl Engine {
         let cursor = Self::cursor_of(receipt);
         let standing = self.standing(&cursor, receipt, now)?;
         if matches!(standing, Standing::Live | Standing::Lost) {
+            self.stage_changes(now)?;
             self.move_message(&cursor, receipt.offset, Some(Destination::DeadLetter), now)?;
         }
         Ok(standing)
@@ -637,6 +638,8 @@ impl Engine {
 
     /// Renews, retries or buries what has become due. To be called until it returns false.
     pub fn expire(&mut self, now: Timestamp) -> Result<bool> {
+        // A copy settles the place it comes from: what is said of that place before it must be in the log before it.
+        self.stage_changes(now)?;
         let due = self.pop.due(now, MOVES_PER_GROUP);
         let more = due.len() == MOVES_PER_GROUP;
         for due in due {

@@ -1,0 +1,206 @@
+//! `ferry namesrv`, `ferry broker`, `ferry proxy`: one role each, configured by TOML < environment < --set.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Context;
+use apis::remote::{Dial, RemoteBrokers, RemoteNameServers};
+use apis::status::Error;
+use apis::v2::Code;
+use broker::{BrokerConfig, Node};
+use model::SystemClock;
+use namesrv::LocalNameServer;
+use proxy::{Proxy, ProxyConfig};
+use runtime::{config, net, random, shutdown, telemetry, tls};
+use serde::Deserialize;
+use store::fs::OsFs;
+use store::kv::{Kv, RocksKv};
+use store::log::LogOptions;
+use store::{FlushMode, StoreError};
+use tonic::transport::Channel;
+
+use crate::cli::RoleArgs;
+
+#[derive(Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct NamesrvConfig {
+    listen: SocketAddr,
+}
+
+impl Default for NamesrvConfig {
+    fn default() -> Self {
+        Self { listen: ([0, 0, 0, 0], 9876).into() }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct BrokerFile {
+    name: String,
+    cluster: String,
+    listen: SocketAddr,
+    /// What proxies dial; the listening address if it is not set.
+    advertise: Option<String>,
+    namesrv: Vec<String>,
+    data: PathBuf,
+    storage: Storage,
+}
+
+impl Default for BrokerFile {
+    fn default() -> Self {
+        Self {
+            name: "broker-a".into(),
+            cluster: "DefaultCluster".into(),
+            listen: ([0, 0, 0, 0], 10911).into(),
+            advertise: None,
+            namesrv: vec!["127.0.0.1:9876".into()],
+            data: "ferry-data".into(),
+            storage: Storage::default(),
+        }
+    }
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Flush {
+    #[default]
+    Async,
+    Sync,
+}
+
+#[derive(Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Storage {
+    flush: Flush,
+    segment_bytes: u64,
+}
+
+impl Default for Storage {
+    fn default() -> Self {
+        Self { flush: Flush::Async, segment_bytes: LogOptions::default().segment_bytes }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct ProxyFile {
+    listen: SocketAddr,
+    namesrv: Vec<String>,
+    auto_create: bool,
+    tls: TlsFile,
+}
+
+impl Default for ProxyFile {
+    fn default() -> Self {
+        let namesrv = vec!["127.0.0.1:9876".into()];
+        Self { listen: ([0, 0, 0, 0], 8081).into(), namesrv, auto_create: false, tls: TlsFile::default() }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct TlsFile {
+    enabled: bool,
+    cert: Option<PathBuf>,
+    key: Option<PathBuf>,
+}
+
+impl Default for TlsFile {
+    fn default() -> Self {
+        Self { enabled: true, cert: None, key: None }
+    }
+}
+
+fn load<T: serde::de::DeserializeOwned>(args: &RoleArgs) -> anyhow::Result<T> {
+    Ok(config::load(args.config.as_deref(), std::env::vars(), &args.set)?)
+}
+
+/// Says that clients can be served.
+pub fn ready(file: Option<&Path>) -> anyhow::Result<()> {
+    let Some(file) = file else { return Ok(()) };
+    let context = || format!("the ready file {} cannot be written", file.display());
+    let temporary = file.with_extension("tmp");
+    std::fs::write(&temporary, "ready\n").with_context(context)?;
+    std::fs::rename(&temporary, file).with_context(context)
+}
+
+pub fn open_kv(config: &BrokerConfig) -> Result<Arc<dyn Kv>, StoreError> {
+    let kv = RocksKv::open(&config.data.join("rocksdb"))?;
+    Ok(Arc::new(kv))
+}
+
+fn dial() -> Dial<Channel> {
+    Arc::new(|address| net::dial(address).map_err(|e| Error::new(Code::BadRequest, e.to_string())))
+}
+
+pub async fn namesrv(args: RoleArgs) -> anyhow::Result<()> {
+    telemetry::init("info");
+    let file: NamesrvConfig = load(&args)?;
+    let stop = shutdown::on_signal()?;
+    let listener = net::bind(file.listen).await?;
+    println!("name server listening on {}", listener.local_addr()?);
+    ready(args.ready_file.as_deref())?;
+    namesrv::node::run(LocalNameServer::new(SystemClock), listener, stop).await.map_err(Into::into)
+}
+
+pub async fn broker(args: RoleArgs) -> anyhow::Result<()> {
+    telemetry::init("info");
+    let file: BrokerFile = load(&args)?;
+    let stop = shutdown::on_signal()?;
+    let listener = net::bind(file.listen).await?;
+    let listening = listener.local_addr()?;
+    let advertise = file.advertise.unwrap_or_else(|| match listening.ip().is_unspecified() {
+        true => format!("127.0.0.1:{}", listening.port()),
+        false => listening.to_string(),
+    });
+    let config = BrokerConfig {
+        name: file.name,
+        cluster: file.cluster,
+        data: file.data,
+        flush: match file.storage.flush {
+            Flush::Async => FlushMode::Async,
+            Flush::Sync => FlushMode::Sync,
+        },
+        log: LogOptions { segment_bytes: file.storage.segment_bytes, ..LogOptions::default() },
+        host: advertise.parse().unwrap_or(listening),
+        new_key: random::secret(),
+    };
+    let name = config.name.clone();
+    let node = Node::build(config, Arc::new(OsFs), open_kv, SystemClock)?;
+    let name_servers = RemoteNameServers::new(&file.namesrv, &dial())?;
+    println!("broker {name} listening on {listening}, advertised as {advertise}");
+    ready(args.ready_file.as_deref())?;
+    node.run(listener, advertise, name_servers, stop).await.map_err(Into::into)
+}
+
+pub async fn proxy(args: RoleArgs) -> anyhow::Result<()> {
+    telemetry::init("info");
+    let file: ProxyFile = load(&args)?;
+    let stop = shutdown::on_signal()?;
+    let listener = net::bind(file.listen).await?;
+    let tls = match (file.tls.enabled, &file.tls.cert, &file.tls.key) {
+        (false, ..) => None,
+        (true, Some(cert), Some(key)) => Some(tls::from_files(cert, key)?),
+        (true, None, None) => Some(tls::self_signed(None)?),
+        _ => anyhow::bail!("configuration: tls: give both cert and key, or neither (self-signed)"),
+    };
+    let dial = dial();
+    let brokers = RemoteBrokers::new(dial.clone());
+    let name_servers = RemoteNameServers::new(&file.namesrv, &dial)?;
+    let addresses = brokers.clone();
+    let on_view: proxy::routes::OnView = Arc::new(move |view| {
+        let all = view.brokers.values().map(|b| (b.name.as_str(), b.address.as_str()));
+        if let Err(error) = addresses.set_addresses(all) {
+            tracing::error!(%error, "a broker registered an address that cannot be dialled");
+        }
+    });
+    let config = ProxyConfig { auto_create: file.auto_create, tls };
+    let proxy = Proxy::build(config, brokers, name_servers, on_view, SystemClock);
+    if let Err(error) = proxy.refresh().await {
+        tracing::warn!(%error, "no name server answers yet");
+    }
+    println!("proxy listening on {}", listener.local_addr()?);
+    ready(args.ready_file.as_deref())?;
+    proxy.run(listener, stop).await.map_err(Into::into)
+}

@@ -1,0 +1,254 @@
+//! What `ferry` asks: topics, groups, lag, reading without a group. Writes go to every broker of the cluster.
+
+use std::collections::HashMap;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use apis::admin::ferry_admin_server::FerryAdmin;
+use apis::admin::*;
+use apis::brokers::{Brokers, NameServers};
+use apis::context::CallContext;
+use apis::convert::metadata as wire;
+use apis::internal::{GroupLagRequest as BrokerLagRequest, PutMetadataRequest, ReadRequest};
+use apis::status::Error;
+use apis::v2::Code;
+use model::{Group, Topic, limits};
+use tokio::sync::mpsc;
+use tokio_stream::Stream;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use crate::service::Front;
+
+pub struct Admin<B, N>(pub Arc<Front<B, N>>);
+
+impl<B, N> Clone for Admin<B, N> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+/// Between two looks of `tail` at queues that had nothing new.
+const TAIL_PAUSE: Duration = Duration::from_millis(100);
+
+/// A full name as an operator writes it: checked like a client's.
+fn topic(name: &str) -> Result<Topic, Error> {
+    let (namespace, name) =
+        if name.starts_with('%') { ("", name) } else { name.split_once('%').unwrap_or(("", name)) };
+    Topic::new(namespace, name).map_err(|e| Error::topic(&e))
+}
+
+fn group(name: &str) -> Result<Group, Error> {
+    let (namespace, name) = name.split_once('%').unwrap_or(("", name));
+    Group::new(namespace, name).map_err(|e| Error::group(&e))
+}
+
+fn exists(what: &str, name: &str) -> Error {
+    Error::new(
+        Code::PreconditionFailed,
+        format!("{what} {name} exists already; delete it first, or choose another name"),
+    )
+}
+
+impl<B: Brokers, N: NameServers> Admin<B, N> {
+    async fn put(&self, request: PutMetadataRequest) -> Result<(), Error> {
+        self.0.routes.refresh().await.ok();
+        self.0.routes.put(&CallContext::internal(), request).await
+    }
+}
+
+#[tonic::async_trait]
+impl<B: Brokers, N: NameServers> FerryAdmin for Admin<B, N> {
+    async fn list_topics(&self, _: Request<ListTopicsRequest>) -> Result<Response<ListTopicsReply>, Status> {
+        let view = self.0.routes.refresh().await?;
+        let topics = view.topics().into_values().map(wire::topic_to_wire).collect();
+        Ok(Response::new(ListTopicsReply { topics }))
+    }
+
+    async fn describe_topic(
+        &self,
+        r: Request<DescribeTopicRequest>,
+    ) -> Result<Response<DescribeTopicReply>, Status> {
+        let topic = topic(&r.into_inner().topic)?;
+        let view = self.0.routes.refresh().await?;
+        let config = view.topic(&topic).ok_or_else(|| Error::topic_not_found(&topic))?;
+        let mut queues = Vec::new();
+        for (broker, own) in view.route(&topic) {
+            for queue_id in 0..own.queues {
+                let request =
+                    ReadRequest { topic: topic.as_str().into(), queue_id, offset: u64::MAX, max_messages: 1 };
+                let read = self.0.brokers.read(&broker.name, &CallContext::internal(), request).await?;
+                queues.push(QueueState {
+                    broker: broker.name.clone(),
+                    queue_id,
+                    min_offset: read.min_offset,
+                    max_offset: read.max_offset,
+                });
+            }
+        }
+        Ok(Response::new(DescribeTopicReply { topic: Some(wire::topic_to_wire(config)), queues }))
+    }
+
+    async fn put_topic(&self, r: Request<PutTopicRequest>) -> Result<Response<PutTopicReply>, Status> {
+        let PutTopicRequest { topic: config, create_only } = r.into_inner();
+        let mut config =
+            config.ok_or_else(|| Error::new(Code::BadRequest, "the topic's record is missing"))?;
+        let topic = topic(&config.name)?;
+        if config.queues == 0 || config.queues > limits::QUEUES_MAX || config.types.is_empty() {
+            let what =
+                format!("a topic has 1 to {} queues and at least one message type", limits::QUEUES_MAX);
+            return Err(Error::new(Code::BadRequest, what).into());
+        }
+        let view = self.0.routes.refresh().await?;
+        let known = view.topic(&topic);
+        if create_only && known.is_some() {
+            return Err(exists("topic", topic.as_str()).into());
+        }
+        if known.is_some_and(|k| k.queues > config.queues) {
+            let what = "a topic's queues cannot be taken away: their messages would be out of reach";
+            return Err(Error::new(Code::BadRequest, what).into());
+        }
+        config.version = known.map_or(0, |k| k.version) + 1;
+        self.put(PutMetadataRequest { topics: vec![config], ..Default::default() }).await?;
+        Ok(Response::new(PutTopicReply {}))
+    }
+
+    async fn delete_topic(
+        &self,
+        r: Request<DeleteTopicRequest>,
+    ) -> Result<Response<DeleteTopicReply>, Status> {
+        let topic = topic(&r.into_inner().topic)?;
+        let view = self.0.routes.refresh().await?;
+        view.topic(&topic).ok_or_else(|| Error::topic_not_found(&topic))?;
+        self.put(PutMetadataRequest { deleted_topics: vec![topic.as_str().into()], ..Default::default() })
+            .await?;
+        Ok(Response::new(DeleteTopicReply {}))
+    }
+
+    async fn list_groups(&self, _: Request<ListGroupsRequest>) -> Result<Response<ListGroupsReply>, Status> {
+        let view = self.0.routes.refresh().await?;
+        let groups = view.groups().into_values().map(wire::group_to_wire).collect();
+        Ok(Response::new(ListGroupsReply { groups }))
+    }
+
+    async fn put_group(&self, r: Request<PutGroupRequest>) -> Result<Response<PutGroupReply>, Status> {
+        let PutGroupRequest { group: config, create_only } = r.into_inner();
+        let mut config =
+            config.ok_or_else(|| Error::new(Code::BadRequest, "the group's record is missing"))?;
+        let group = group(&config.name)?;
+        if config.fifo {
+            let what = "groups that consume in order are not part of this version of FerryMQ";
+            return Err(Error::new(Code::NotImplemented, what).into());
+        }
+        if config.max_attempts == 0 {
+            return Err(Error::new(Code::BadRequest, "a message needs at least one delivery attempt").into());
+        }
+        let view = self.0.routes.refresh().await?;
+        let known = view.group(&group);
+        if create_only && known.is_some() {
+            return Err(exists("consumer group", group.as_str()).into());
+        }
+        config.version = known.map_or(0, |k| k.version) + 1;
+        self.put(PutMetadataRequest { groups: vec![config], ..Default::default() }).await?;
+        Ok(Response::new(PutGroupReply {}))
+    }
+
+    async fn delete_group(
+        &self,
+        r: Request<DeleteGroupRequest>,
+    ) -> Result<Response<DeleteGroupReply>, Status> {
+        let group = group(&r.into_inner().group)?;
+        let view = self.0.routes.refresh().await?;
+        view.group(&group).ok_or_else(|| Error::group_not_found(&group))?;
+        self.put(PutMetadataRequest { deleted_groups: vec![group.as_str().into()], ..Default::default() })
+            .await?;
+        Ok(Response::new(DeleteGroupReply {}))
+    }
+
+    async fn group_lag(&self, r: Request<GroupLagRequest>) -> Result<Response<GroupLagReply>, Status> {
+        let group = group(&r.into_inner().group)?;
+        let view = self.0.routes.refresh().await?;
+        view.group(&group).ok_or_else(|| Error::group_not_found(&group))?;
+        let mut queues = Vec::new();
+        for broker in view.brokers.keys() {
+            let request = BrokerLagRequest { group: group.as_str().into() };
+            let reply = self.0.brokers.group_lag(broker, &CallContext::internal(), request).await?;
+            queues.extend(
+                reply.queues.into_iter().map(|lag| BrokerLag { broker: broker.clone(), lag: Some(lag) }),
+            );
+        }
+        Ok(Response::new(GroupLagReply { queues }))
+    }
+
+    type TailStream = Pin<Box<dyn Stream<Item = Result<TailReply, Status>> + Send>>;
+
+    async fn tail(&self, r: Request<TailRequest>) -> Result<Response<Self::TailStream>, Status> {
+        let request = r.into_inner();
+        let topic = topic(&request.topic)?;
+        self.0.view_with_topic(&topic, &CallContext::internal()).await?;
+        let (out, stream) = mpsc::channel(64);
+        let admin = self.clone();
+        // The first look happens before the answer: what is sent after it is seen.
+        let mut at = HashMap::new();
+        admin.look(&topic, &mut at, request.from_beginning, None).await?;
+        tokio::spawn(async move {
+            let draining = admin.0.draining.clone();
+            tokio::select! {
+                () = draining.cancelled() => {}
+                () = out.closed() => {}
+                () = admin.follow(&topic, at, &out) => {}
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+}
+
+type TailSender = mpsc::Sender<Result<TailReply, Status>>;
+
+impl<B: Brokers, N: NameServers> Admin<B, N> {
+    async fn follow(&self, topic: &Topic, mut at: HashMap<(String, u32), u64>, out: &TailSender) {
+        loop {
+            match self.look(topic, &mut at, true, Some(out)).await {
+                Ok(0) => tokio::time::sleep(TAIL_PAUSE).await,
+                Ok(_) => {}
+                Err(error) => return drop(out.send(Err(error.into())).await),
+            }
+        }
+    }
+
+    /// Reads every queue from where it stood; a queue seen for the first time begins at its end, or its beginning.
+    async fn look(
+        &self,
+        topic: &Topic,
+        at: &mut HashMap<(String, u32), u64>,
+        from_beginning: bool,
+        out: Option<&TailSender>,
+    ) -> Result<usize, Error> {
+        let view = self.0.routes.view();
+        let mut count = 0;
+        for (broker, config) in view.route(topic) {
+            for queue_id in 0..config.queues {
+                let key = (broker.name.clone(), queue_id);
+                let offset = at.get(&key).copied();
+                let start = offset.unwrap_or(if out.is_some() { 0 } else { u64::MAX });
+                let request =
+                    ReadRequest { topic: topic.as_str().into(), queue_id, offset: start, max_messages: 64 };
+                let read = self.0.brokers.read(&broker.name, &CallContext::internal(), request).await?;
+                let Some(out) = out else {
+                    at.insert(key, if from_beginning { read.min_offset } else { read.max_offset });
+                    continue;
+                };
+                for message in read.messages {
+                    at.insert(key.clone(), message.queue_offset + 1);
+                    count += 1;
+                    let reply = TailReply { broker: broker.name.clone(), message: Some(message) };
+                    if out.send(Ok(reply)).await.is_err() {
+                        return Ok(count);
+                    }
+                }
+            }
+        }
+        Ok(count)
+    }
+}

@@ -1,0 +1,127 @@
+//! A proxy's life: `build` makes it, `run` serves on a bound port until told to stop, then drains.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::time::Duration;
+
+use apis::admin::ferry_admin_server::FerryAdminServer;
+use apis::brokers::{Brokers, NameServers};
+use apis::status::Error;
+use apis::v2::messaging_service_server::MessagingServiceServer;
+use model::{Clock, limits};
+use runtime::net;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::admin::Admin;
+use crate::routes::{OnView, Routes};
+use crate::service::{Front, Messaging};
+use crate::session::Sessions;
+
+/// Calls in progress get this long when the proxy stops.
+const DRAIN: Duration = Duration::from_secs(5);
+const FORGET: Duration = Duration::from_secs(30);
+
+#[derive(Clone)]
+pub struct ProxyConfig {
+    /// Topics and groups come into being when they are first named.
+    pub auto_create: bool,
+    /// TLS on the same port as plaintext.
+    pub tls: Option<Arc<runtime::tls::ServerConfig>>,
+}
+
+pub struct Proxy<B, N>(Arc<Front<B, N>>, ProxyConfig);
+
+impl<B: Brokers, N: NameServers> Proxy<B, N> {
+    pub fn build(
+        config: ProxyConfig,
+        brokers: B,
+        name_servers: N,
+        on_view: OnView,
+        clock: impl Clock,
+    ) -> Self {
+        let front = Front {
+            routes: Routes::new(brokers.clone(), name_servers, on_view),
+            brokers,
+            sessions: Sessions::default(),
+            clock: Arc::new(clock),
+            auto_create: config.auto_create,
+            draining: CancellationToken::new(),
+            turn: AtomicUsize::new(0),
+        };
+        Self(Arc::new(front), config)
+    }
+
+    /// The calls themselves, without a port: for tests and simulations.
+    pub fn messaging(&self) -> Messaging<B, N> {
+        Messaging(self.0.clone())
+    }
+
+    pub async fn refresh(&self) -> Result<(), Error> {
+        self.0.routes.refresh().await.map(drop)
+    }
+
+    pub async fn run(
+        self,
+        listener: TcpListener,
+        stop: CancellationToken,
+    ) -> Result<(), tonic::transport::Error> {
+        let Proxy(front, config) = self;
+        let background = tokio::spawn(housekeeping(front.clone(), stop.clone()));
+        let (health, health_service) = tonic_health::server::health_reporter();
+        health.set_serving::<MessagingServiceServer<Messaging<B, N>>>().await;
+        let reflection = || {
+            tonic_reflection::server::Builder::configure()
+                .register_encoded_file_descriptor_set(apis::DESCRIPTORS)
+        };
+        let messaging = MessagingServiceServer::new(Messaging(front.clone()))
+            .max_decoding_message_size(limits::FRAME_MAX_BYTES)
+            .max_encoding_message_size(limits::FRAME_MAX_BYTES);
+        let admin =
+            FerryAdminServer::new(Admin(front.clone())).max_encoding_message_size(limits::FRAME_MAX_BYTES);
+        let mut router = tonic::transport::Server::builder()
+            .initial_stream_window_size(1 << 20)
+            .initial_connection_window_size(4 << 20)
+            .max_concurrent_streams(10_000)
+            .add_service(messaging)
+            .add_service(admin)
+            .add_service(health_service);
+        if let Ok(service) = reflection().build_v1() {
+            router = router.add_service(service);
+        }
+        if let Ok(service) = reflection().build_v1alpha() {
+            router = router.add_service(service);
+        }
+        let draining = front.draining.clone();
+        let (begun, drain_begun) = tokio::sync::oneshot::channel();
+        let stopping = async move {
+            stop.cancelled().await;
+            // Long polls and telemetry streams end now; they would otherwise never.
+            draining.cancel();
+            let _ = begun.send(());
+        };
+        let served = router.serve_with_incoming_shutdown(net::accept(listener, config.tls), stopping);
+        let late = async {
+            match drain_begun.await {
+                Ok(()) => tokio::time::sleep(DRAIN).await,
+                Err(_) => std::future::pending().await,
+            }
+        };
+        let result = tokio::select! { result = served => result, () = late => Ok(()) };
+        let _ = background.await;
+        result
+    }
+}
+
+async fn housekeeping<B: Brokers, N: NameServers>(front: Arc<Front<B, N>>, stop: CancellationToken) {
+    let forget = async {
+        loop {
+            tokio::time::sleep(FORGET).await;
+            front.sessions.expire();
+        }
+    };
+    tokio::select! {
+        () = front.routes.run(stop.clone()) => {}
+        () = forget => {}
+    }
+}
