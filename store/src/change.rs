@@ -46,10 +46,12 @@ pub enum Change {
         moved: bool,
         offsets: Vec<u64>,
     },
+    /// Invisible until then. Unless it was a renewal, no renewal follows it.
     Visible {
         cursor: CursorKey,
         offset: u64,
         visible_at: Timestamp,
+        renewal: bool,
     },
     /// The group goes on here; what was in flight is forgotten.
     Seek {
@@ -155,8 +157,9 @@ impl Writer {
                 out.push(u8::from(*moved));
                 put_offsets(out, offsets);
             }
-            Change::Visible { offset, visible_at, .. } => {
+            Change::Visible { offset, visible_at, renewal, .. } => {
                 out.push(tag::VISIBLE);
+                out.push(u8::from(*renewal));
                 codec::put_u64(out, *offset);
                 codec::put_i64(out, visible_at.0);
             }
@@ -242,8 +245,8 @@ pub fn decode(body: &[u8]) -> Result<Vec<Change>, ChangeError> {
                 Change::Done { cursor: cursor()?, moved, offsets: take_offsets(&mut r)? }
             }
             tag::VISIBLE => {
-                let offset = r.u64()?;
-                Change::Visible { cursor: cursor()?, offset, visible_at: Timestamp(r.i64()?) }
+                let (renewal, offset) = (r.u8()? != 0, r.u64()?);
+                Change::Visible { cursor: cursor()?, offset, visible_at: Timestamp(r.i64()?), renewal }
             }
             tag::SEEK => Change::Seek { cursor: cursor()?, next: r.u64()? },
             tag => return Err(ChangeError::Operation { tag }),
@@ -292,11 +295,11 @@ mod tests {
                 moved,
                 offsets
             }),
-            (cursor.clone(), any::<u64>(), any::<i64>()).prop_map(|(cursor, offset, at)| Change::Visible {
-                cursor,
-                offset,
-                visible_at: Timestamp(at)
-            }),
+            (cursor.clone(), any::<u64>(), any::<i64>(), any::<bool>()).prop_map(
+                |(cursor, offset, at, renewal)| {
+                    Change::Visible { cursor, offset, visible_at: Timestamp(at), renewal }
+                }
+            ),
             (cursor, any::<u64>()).prop_map(|(cursor, next)| Change::Seek { cursor, next }),
         ]
     }

@@ -617,7 +617,7 @@ impl Engine {
             Standing::Settled | Standing::Expired => return Ok(None),
         }
         let visible_at = now.plus_ms(invisible_ms);
-        self.change(Change::Visible { cursor, offset: receipt.offset, visible_at });
+        self.change(Change::Visible { cursor, offset: receipt.offset, visible_at, renewal: false });
         Ok(Some(Receipt { invisible_until: visible_at, ..receipt.clone() }))
     }
 

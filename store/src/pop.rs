@@ -159,7 +159,12 @@ impl Pop {
         let row = cursor.rows.get(&offset)?;
         if self.renewable(row, now) {
             let visible_at = now.plus_ms(limits::INVISIBLE_RENEWED_MS);
-            return Some(Due::Renew(Change::Visible { cursor: key.clone(), offset, visible_at }));
+            return Some(Due::Renew(Change::Visible {
+                cursor: key.clone(),
+                offset,
+                visible_at,
+                renewal: true,
+            }));
         }
         Some(Due::Move(key.clone(), offset))
     }
@@ -183,10 +188,14 @@ impl Pop {
         let visible_at = now.plus_ms(limits::INVISIBLE_AFTER_GOODBYE_MS);
         let held = |row: &Row| row.client.as_deref() == Some(client) && row.visible_at > visible_at;
         let mut changes = Vec::new();
-        for (key, cursor) in self.cursors.values_mut() {
-            for (offset, row) in cursor.rows.iter_mut().filter(|(_, row)| held(row)) {
-                changes.push(Change::Visible { cursor: key.clone(), offset: *offset, visible_at });
-                row.client = None; // no renewal any more
+        for (key, cursor) in self.cursors.values() {
+            for (offset, _) in cursor.rows.iter().filter(|(_, row)| held(row)) {
+                changes.push(Change::Visible {
+                    cursor: key.clone(),
+                    offset: *offset,
+                    visible_at,
+                    renewal: false,
+                });
             }
         }
         changes
@@ -244,12 +253,15 @@ impl Pop {
                     }
                 }
             }
-            Change::Visible { cursor: key, offset, visible_at } => {
+            Change::Visible { cursor: key, offset, visible_at, renewal } => {
                 let id = self.touch(key);
                 let (_, cursor) = self.cursors.get_mut(&id).expect("touched above");
                 if let Some(row) = cursor.rows.get_mut(offset) {
                     self.due.remove(&(row.visible_at, id, *offset));
                     row.visible_at = *visible_at;
+                    if !renewal {
+                        row.client = None;
+                    }
                     self.due.insert((*visible_at, id, *offset));
                 }
             }
@@ -435,7 +447,7 @@ mod tests {
     fn the_row_decides_not_the_handle() {
         let mut pop = Pop::default();
         pop.apply(&popped(1, 0, 100, None, &[0]));
-        pop.apply(&Change::Visible { cursor: key(), offset: 0, visible_at: Timestamp(900) });
+        pop.apply(&Change::Visible { cursor: key(), offset: 0, visible_at: Timestamp(900), renewal: false });
         // The handle's own time (100) is over; the row's is not.
         assert_eq!(pop.standing(&key(), 0, (Timestamp(0), Timestamp(100)), Timestamp(500)), Standing::Live);
         assert_eq!(
@@ -483,6 +495,15 @@ mod tests {
             pop.apply(&change);
         }
         assert_eq!(pop.due(Timestamp(101_000), 9), [Due::Move(key(), 0)]);
+    }
+
+    #[test]
+    fn a_message_given_back_is_not_renewed() {
+        let mut pop = Pop::default();
+        pop.apply(&popped(1, 0, 60_000, Some("c"), &[0]));
+        pop.client_seen("c", Timestamp(500));
+        pop.apply(&Change::Visible { cursor: key(), offset: 0, visible_at: Timestamp(1000), renewal: false });
+        assert_eq!(pop.due(Timestamp(1000), 9), [Due::Move(key(), 0)]);
     }
 
     #[test]

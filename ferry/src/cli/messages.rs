@@ -60,7 +60,9 @@ pub async fn send(args: SendArgs) -> anyhow::Result<()> {
         }
         (None, Some(body)) => vec![Bytes::from(body.clone())],
         (None, None) => {
-            return Err(Usage("nothing to send: give a body, or --file with one message a line".into()).into());
+            return Err(
+                Usage("nothing to send: give a body, or --file with one message a line".into()).into()
+            );
         }
     };
     let mut client = client::messaging(&args.remote.endpoint, "send").await?;
