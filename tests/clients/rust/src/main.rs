@@ -41,7 +41,7 @@ async fn send(producer: &Producer, topic: &str, body: &str, tag: &str) -> Result
         .set_body(body.as_bytes().to_vec())
         .set_tag(tag)
         .set_keys(vec![format!("key-{body}")])
-        .set_properties([("language", "rust")])
+        .set_properties(std::collections::HashMap::from([("language", "rust")]))
         .build()
         .map_err(|e| e.to_string())?;
     let receipt = producer.send(message).await.map_err(|e| e.to_string())?;
