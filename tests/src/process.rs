@@ -50,6 +50,7 @@ impl Server {
             .args(args)
             .arg("--ready-file")
             .arg(ready)
+            .env("FERRY_LOG", "error")
             .stdout(Stdio::null())
             .spawn()
             .expect("ferry starts");

@@ -56,8 +56,9 @@ impl Suite {
         let endpoint = format!("127.0.0.1:{port}");
         let group = format!("{}-dlq", self.name);
         run(&["group", "create", &group, "--max-attempts", "2", "--endpoint", &endpoint]);
-        let status = self.command(dir.path(), port, "basic").status().expect("the client runs");
-        assert!(status.success(), "{}: {status}", self.name);
+        let out = self.command(dir.path(), port, "basic").output().expect("the client runs");
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        assert!(out.status.success(), "{}\n{}\n{}", self.name, text(&out.stdout), text(&out.stderr));
         let letters = format!("%DLQ%{group}");
         let letter = run(&["tail", &letters, "--from-beginning", "-n", "1", "--endpoint", &endpoint]);
         assert!(letter.contains("fails"), "{letter}");

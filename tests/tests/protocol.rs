@@ -1,0 +1,732 @@
+//! The real proxy, asked raw: every row of what Apache RocketMQ 5.5.0 was observed to answer that concerns what is
+//! built, and every limit for NORMAL messages. Rows have the names of the observation.
+
+use std::collections::HashMap;
+
+use apis::admin::PutTopicRequest;
+use apis::v2::telemetry_command::Command;
+use apis::v2::*;
+use tests::client::*;
+use tests::cluster::Served;
+use tokio_stream::StreamExt;
+
+const CLIENT: &str = "test@1@1@x";
+
+/// A proxy with the observation's topics, and a producer and a consumer that sent their settings.
+async fn served() -> (Served, Client) {
+    let served = Served::start(false).await;
+    let mut admin = admin(served.port).await;
+    for (name, kind) in [("p-n", 1), ("p-f", 2), ("p-d", 3), ("p-t", 4)] {
+        let topic =
+            apis::internal::TopicConfig { name: name.into(), queues: 2, types: vec![kind], version: 0 };
+        admin.put_topic(PutTopicRequest { topic: Some(topic), create_only: true }).await.expect("created");
+    }
+    put_group(served.port, "pg").await;
+    let client = connect(served.port).await;
+    (served, client)
+}
+
+async fn put_group(port: u16, name: &str) {
+    let config = apis::internal::GroupConfig { name: name.into(), fifo: false, max_attempts: 17, version: 0 };
+    let request = apis::admin::PutGroupRequest { group: Some(config), create_only: true };
+    admin(port).await.put_group(request).await.expect("created");
+}
+
+fn settings(client_type: Option<ClientType>, pub_sub: Option<settings::PubSub>) -> Settings {
+    Settings {
+        client_type: client_type.map(Into::into),
+        access_point: endpoints(),
+        request_timeout: Some(seconds(3)),
+        pub_sub,
+        ..Default::default()
+    }
+}
+
+fn publishing(topic: &str) -> Option<settings::PubSub> {
+    let topics = name(topic).into_iter().collect();
+    Some(settings::PubSub::Publishing(Publishing { topics, ..Default::default() }))
+}
+
+fn subscription(group: &str, topic: &str) -> Option<settings::PubSub> {
+    let expression = Some(FilterExpression { r#type: FilterType::Tag.into(), expression: "*".into() });
+    let subscriptions = vec![SubscriptionEntry { topic: name(topic), expression }];
+    Some(settings::PubSub::Subscription(Subscription {
+        group: name(group),
+        subscriptions,
+        ..Default::default()
+    }))
+}
+
+/// Sends settings; what comes back first.
+async fn telemetry(
+    client: &mut Client,
+    id: &str,
+    settings: Settings,
+) -> Result<TelemetryCommand, tonic::Status> {
+    let command = TelemetryCommand { status: None, command: Some(Command::Settings(settings)) };
+    // The stream stays open on the client's side, as with real clients.
+    let commands = tokio_stream::once(command).chain(tokio_stream::pending());
+    let mut stream = client.telemetry(by(id, commands)).await?.into_inner();
+    stream.message().await.map(|m| m.expect("an answer"))
+}
+
+fn code(status: Option<Status>) -> Code {
+    let status = status.expect("every answer has a status");
+    assert!(!status.message.is_empty(), "a status has a text");
+    status.code()
+}
+
+#[tokio::test]
+async fn route() {
+    let (_served, mut client) = served().await;
+    let long = "x".repeat(128);
+    let rows = [
+        ("route.ok", "p-n", CLIENT, Code::Ok),
+        ("route.unknown", "no-such-topic", CLIENT, Code::TopicNotFound),
+        ("route.empty", "", CLIENT, Code::IllegalTopic),
+        ("route.illegal-char", "a b", CLIENT, Code::IllegalTopic),
+        ("route.too-long", &long, CLIENT, Code::IllegalTopic),
+        ("route.127", &long[1..], CLIENT, Code::TopicNotFound),
+        ("route.system", "TBW102", CLIENT, Code::IllegalTopic),
+        ("route.system (own)", "rmq_sys_ferry_changes", CLIENT, Code::IllegalTopic),
+        ("route.retry-topic", "%RETRY%pg", CLIENT, Code::TopicNotFound),
+        ("route.dlq", "%DLQ%pg", CLIENT, Code::TopicNotFound),
+        ("route.no-client-id", "p-n", "", Code::ClientIdRequired),
+    ];
+    for (row, topic, id, want) in rows {
+        let request = QueryRouteRequest { topic: name(topic), endpoints: endpoints() };
+        let reply = client.query_route(by(id, request)).await.expect("gRPC OK").into_inner();
+        assert_eq!(code(reply.status), want, "{row}");
+    }
+    let request = QueryRouteRequest { topic: name("p-n"), endpoints: endpoints() };
+    let reply = client.query_route(by(CLIENT, request)).await.unwrap().into_inner();
+    assert_eq!(reply.message_queues.len(), 2);
+    for (id, queue) in reply.message_queues.iter().enumerate() {
+        assert_eq!(queue.id, id as i32);
+        assert_eq!(queue.permission(), Permission::ReadWrite);
+        assert_eq!(queue.accept_message_types, [MessageType::Normal as i32]);
+        let broker = queue.broker.as_ref().unwrap();
+        assert_eq!(broker.id, 0);
+        assert_eq!(broker.endpoints, endpoints(), "what the client dialled, port included");
+    }
+    let request = QueryRouteRequest { topic: name("p-n"), endpoints: None };
+    let reply = client.query_route(by(CLIENT, request)).await.unwrap().into_inner();
+    assert_eq!(code(reply.status), Code::Ok, "route.no-endpoints");
+    let given = reply.message_queues[0].broker.clone().unwrap().endpoints.unwrap();
+    assert_eq!(given.scheme(), AddressScheme::IPv4);
+    assert_eq!(given.addresses[0].host, "127.0.0.1");
+}
+
+#[tokio::test]
+async fn settings_are_answered() {
+    let (served, mut client) = served().await;
+    let said = settings(Some(ClientType::Producer), publishing("p-n"));
+    let answer = telemetry(&mut client, "p", said.clone()).await.unwrap();
+    assert_eq!(code(answer.status), Code::Ok, "telemetry.producer");
+    let Some(Command::Settings(got)) = answer.command else { panic!("no settings") };
+    let Some(settings::PubSub::Publishing(publishing_)) = &got.pub_sub else { panic!("not a producer") };
+    assert_eq!((publishing_.max_body_size, publishing_.validate_message_type), (4_194_304, true));
+    assert_eq!(publishing_.topics, name("p-n").into_iter().collect::<Vec<_>>());
+    let policy = got.backoff_policy.unwrap();
+    assert_eq!(policy.max_attempts, 3);
+    assert!(matches!(policy.strategy, Some(retry_policy::Strategy::ExponentialBackoff(_))));
+    assert_eq!((got.access_point, got.request_timeout), (said.access_point, said.request_timeout), "echoed");
+
+    for kind in [ClientType::PushConsumer, ClientType::SimpleConsumer] {
+        let answer =
+            telemetry(&mut client, "c", settings(Some(kind), subscription("pg", "p-n"))).await.unwrap();
+        assert_eq!(code(answer.status), Code::Ok, "telemetry.push, telemetry.simple");
+        let Some(Command::Settings(got)) = answer.command else { panic!("no settings") };
+        let Some(settings::PubSub::Subscription(subscription)) = &got.pub_sub else {
+            panic!("not a consumer")
+        };
+        assert_eq!(subscription.fifo, Some(false));
+        assert_eq!(subscription.receive_batch_size, Some(32));
+        assert_eq!(subscription.long_polling_timeout, Some(seconds(20)));
+        assert_eq!(
+            (subscription.lite_subscription_quota, subscription.max_lite_topic_size),
+            (Some(2000), Some(64))
+        );
+        let policy = got.backoff_policy.unwrap();
+        assert_eq!(policy.max_attempts, 17);
+        let Some(retry_policy::Strategy::CustomizedBackoff(backoff)) = policy.strategy else {
+            panic!("no backoff")
+        };
+        assert_eq!(backoff.next.len(), 18);
+    }
+    let ok = |command: TelemetryCommand| code(command.status);
+    let unknown_topic = settings(Some(ClientType::Producer), publishing("no-such-topic"));
+    assert_eq!(ok(telemetry(&mut client, "p", unknown_topic).await.unwrap()), Code::Ok);
+    assert_eq!(ok(telemetry(&mut client, "p", settings(None, publishing("p-n"))).await.unwrap()), Code::Ok);
+    let neither = telemetry(&mut client, "p", settings(Some(ClientType::Producer), None)).await.unwrap_err();
+    assert_eq!(neither.code(), tonic::Code::InvalidArgument, "telemetry.neither-pub-nor-sub");
+    let no_id =
+        telemetry(&mut client, "", settings(Some(ClientType::Producer), publishing("p-n"))).await.unwrap();
+    assert_eq!(ok(no_id), Code::ClientIdRequired);
+
+    // telemetry.unknown-group: the stream stays open, and goes on once the group exists.
+    let (commands, receiver) = tokio::sync::mpsc::channel(4);
+    let stream = tokio_stream::wrappers::ReceiverStream::new(receiver);
+    let mut answers = client.telemetry(by("late", stream)).await.unwrap().into_inner();
+    let said = settings(Some(ClientType::SimpleConsumer), subscription("later", "p-n"));
+    let command = TelemetryCommand { status: None, command: Some(Command::Settings(said)) };
+    commands.send(command.clone()).await.unwrap();
+    assert_eq!(ok(answers.message().await.unwrap().unwrap()), Code::ConsumerGroupNotFound);
+    put_group(served.port, "later").await;
+    commands.send(command).await.unwrap();
+    assert_eq!(ok(answers.message().await.unwrap().unwrap()), Code::Ok);
+}
+
+#[tokio::test]
+async fn heartbeat_and_termination() {
+    let (_served, mut client) = served().await;
+    telemetry(&mut client, "p", settings(Some(ClientType::Producer), publishing("p-n"))).await.unwrap();
+    telemetry(&mut client, "untyped", settings(None, publishing("p-n"))).await.unwrap();
+    telemetry(&mut client, "c", settings(Some(ClientType::SimpleConsumer), subscription("pg", "p-n")))
+        .await
+        .unwrap();
+    let rows = [
+        ("heartbeat.producer", "p", None, Code::Ok),
+        ("heartbeat.simple", "c", name("pg"), Code::Ok),
+        ("heartbeat.no-type", "untyped", None, Code::UnrecognizedClientType),
+        ("heartbeat.unsettled-client", "nobody", name("pg"), Code::UnrecognizedClientType),
+        ("heartbeat.unknown-group", "c", name("no-such-group"), Code::IllegalConsumerGroup),
+        ("heartbeat.no-group", "c", None, Code::IllegalConsumerGroup),
+    ];
+    for (row, id, group, want) in rows {
+        let request = HeartbeatRequest { group, client_type: ClientType::SimpleConsumer.into() };
+        let reply = client.heartbeat(by(id, request)).await.unwrap().into_inner();
+        assert_eq!(code(reply.status), want, "{row}");
+    }
+    for (row, id, want) in [
+        ("terminate.ok", "c", Code::Ok),
+        ("terminate.unknown", "c", Code::UnrecognizedClientType),
+        ("terminate.no-client-id", "", Code::ClientIdRequired),
+    ] {
+        let request = NotifyClientTerminationRequest { group: name("pg") };
+        let reply = client.notify_client_termination(by(id, request)).await.unwrap().into_inner();
+        assert_eq!(code(reply.status), want, "{row}");
+    }
+}
+
+type Edit = Box<dyn Fn(&mut Message)>;
+
+fn system(edit: impl Fn(&mut SystemProperties) + 'static) -> Edit {
+    Box::new(move |m| edit(m.system_properties.as_mut().expect("set")))
+}
+
+fn property(key: &str, value: &str) -> Edit {
+    let (key, value) = (key.to_owned(), value.to_owned());
+    Box::new(move |m| drop(m.user_properties.insert(key.clone(), value.clone())))
+}
+
+fn body(len: usize) -> Edit {
+    Box::new(move |m| m.body = vec![7u8; len].into())
+}
+
+fn to(topic: &'static str, kind: MessageType, edit: impl Fn(&mut SystemProperties) + 'static) -> Edit {
+    Box::new(move |m| {
+        m.topic = name(topic);
+        let system = m.system_properties.as_mut().expect("set");
+        system.message_type = kind.into();
+        edit(system);
+    })
+}
+
+fn properties(n: usize) -> Edit {
+    Box::new(move |m| {
+        m.user_properties = (0..n).map(|i| (format!("k{i}"), "v".to_owned())).collect::<HashMap<_, _>>()
+    })
+}
+
+const SOON: prost_types::Timestamp = prost_types::Timestamp { seconds: 4_000_000_000, nanos: 0 };
+
+fn send_rows() -> Vec<(&'static str, Edit, Code)> {
+    use Code::*;
+    let crc = |sum: &'static str| {
+        system(move |s| {
+            s.body_digest = Some(Digest { r#type: DigestType::Crc32.into(), checksum: sum.into() })
+        })
+    };
+    let normal = MessageType::Normal;
+    vec![
+        ("send.ok", Box::new(|_| {}), Ok),
+        ("send.no-topic", Box::new(|m| m.topic = None), IllegalTopic),
+        ("send.unknown-topic", to("no-such-topic", normal, |_| {}), TopicNotFound),
+        ("send.illegal-topic", to("a b", normal, |_| {}), IllegalTopic),
+        ("send.system-topic", to("TBW102", normal, |_| {}), IllegalTopic),
+        ("send.retry-topic", to("%RETRY%pg", normal, |_| {}), IllegalTopic),
+        ("send.dlq", to("%DLQ%pg", normal, |_| {}), IllegalTopic),
+        ("send.body-empty", body(0), MessageBodyEmpty),
+        ("send.body-4MiB", body(4 << 20), Ok),
+        ("send.body-4MiB+1", body((4 << 20) + 1), MessageBodyTooLarge),
+        ("send.body-16MiB+1", body((16 << 20) + 1), MessageBodyTooLarge),
+        ("send.tag-blank", system(|s| s.tag = Some("  ".into())), IllegalMessageTag),
+        ("send.tag-bar", system(|s| s.tag = Some("a|b".into())), IllegalMessageTag),
+        ("send.tag-ctrl", system(|s| s.tag = Some("a\u{7f}".into())), IllegalMessageTag),
+        ("send.tag-long", system(|s| s.tag = Some("t".repeat(16 * 1024 + 1))), MessagePropertiesTooLarge),
+        ("send.key-blank", system(|s| s.keys = vec![" ".into()]), IllegalMessageKey),
+        ("send.key-space", system(|s| s.keys = vec!["a b".into()]), Ok),
+        ("send.key-ctrl", system(|s| s.keys = vec!["a\u{1}".into()]), IllegalMessageKey),
+        ("send.key-long", system(|s| s.keys = vec!["k".repeat(16 * 1024 + 1)]), MessagePropertiesTooLarge),
+        ("send.prop-count-129", properties(129), MessagePropertiesTooLarge),
+        ("send.prop-count-128", properties(128), Ok),
+        ("send.prop-16KiB", property("k", &"v".repeat(16 * 1024 - 1)), Ok),
+        ("send.prop-16KiB+1", property("k", &"v".repeat(16 * 1024)), MessagePropertiesTooLarge),
+        ("send.prop-reserved", property("KEYS", "x"), IllegalMessagePropertyKey),
+        (
+            "send.prop-reserved (multi dispatch)",
+            property("INNER_MULTI_DISPATCH", "x"),
+            IllegalMessagePropertyKey,
+        ),
+        ("send.prop-reserved (own)", property("FERRY_MOVED_FROM", "t 0 0"), IllegalMessagePropertyKey),
+        ("send.prop-ctrl-key", property("a\u{2}", "x"), IllegalMessagePropertyKey),
+        ("send.prop-ctrl-value", property("a", "x\u{9f}"), IllegalMessagePropertyKey),
+        ("send.prop-empty-key", property("", "x"), IllegalMessagePropertyKey),
+        ("send.no-message-id", system(|s| s.message_id = " ".into()), IllegalMessageId),
+        ("send.odd-message-id", system(|s| s.message_id = "odd".into()), Ok),
+        ("send.type-unspecified", system(|s| s.message_type = 0), Ok),
+        ("send.normal-to-fifo", to("p-f", normal, |_| {}), MessagePropertyConflictWithType),
+        (
+            "send.fifo-to-normal",
+            to("p-n", MessageType::Fifo, |s| s.message_group = Some("g".into())),
+            MessagePropertyConflictWithType,
+        ),
+        (
+            "send.delay-to-normal",
+            to("p-n", MessageType::Delay, |s| s.delivery_timestamp = Some(SOON)),
+            MessagePropertyConflictWithType,
+        ),
+        ("send.tx-to-normal", to("p-n", MessageType::Transaction, |_| {}), MessagePropertyConflictWithType),
+        ("send.fifo-no-group", to("p-f", MessageType::Fifo, |_| {}), MessagePropertyConflictWithType),
+        ("send.fifo-blank-group", system(|s| s.message_group = Some(" ".into())), IllegalMessageGroup),
+        ("send.fifo-group-65", system(|s| s.message_group = Some("g".repeat(65))), IllegalMessageGroup),
+        ("send.fifo-group-64", system(|s| s.message_group = Some("g".repeat(64))), IllegalMessageGroup),
+        (
+            "send.fifo-and-delay",
+            to("p-f", MessageType::Fifo, |s| {
+                s.message_group = Some("g".into());
+                s.delivery_timestamp = Some(SOON);
+            }),
+            MessagePropertyConflictWithType,
+        ),
+        ("send.delay-no-timestamp", to("p-d", MessageType::Delay, |_| {}), MessagePropertyConflictWithType),
+        // Kinds that do not work yet say so.
+        (
+            "send.fifo-ok",
+            to("p-f", MessageType::Fifo, |s| s.message_group = Some("g".into())),
+            NotImplemented,
+        ),
+        (
+            "send.delay-ok",
+            to("p-d", MessageType::Delay, |s| s.delivery_timestamp = Some(SOON)),
+            NotImplemented,
+        ),
+        ("send.tx-ok", to("p-t", MessageType::Transaction, |_| {}), NotImplemented),
+        ("send.gzip-flag", system(|s| s.body_encoding = Encoding::Gzip.into()), Ok),
+        ("send.crc-wrong", crc("DEADBEEF"), MessageCorrupted),
+        ("send.crc-hex", crc("3610A686"), Ok),
+        ("send.crc-decimal", crc("907060870"), Ok),
+    ]
+}
+
+#[tokio::test]
+async fn send() {
+    let (_served, mut client) = served().await;
+    for (row, edit, want) in send_rows() {
+        let mut m = message("p-n", b"hello");
+        edit(&mut m);
+        let id = m.system_properties.clone().unwrap().message_id;
+        let request = SendMessageRequest { messages: vec![m] };
+        let reply = client
+            .send_message(by(CLIENT, request))
+            .await
+            .unwrap_or_else(|e| panic!("{row}: {e}"))
+            .into_inner();
+        if want == Code::Ok {
+            assert_eq!(reply.entries.len(), 1, "{row}: one entry a message");
+            assert_eq!(reply.entries[0].message_id, id, "{row}");
+            assert_eq!(code(reply.entries[0].status.clone()), Code::Ok, "{row}");
+        }
+        assert_eq!(code(reply.status), want, "{row}");
+    }
+    let many = |messages| SendMessageRequest { messages };
+    let rows = [
+        ("send.empty-list", CLIENT, many(vec![]), Code::MessageCorrupted),
+        ("send.two-ok", CLIENT, many(vec![message("p-n", b"1"), message("p-n", b"2")]), Code::Ok),
+        (
+            "send.two-topics",
+            CLIENT,
+            many(vec![message("p-n", b"1"), message("p-f", b"2")]),
+            Code::MessageCorrupted,
+        ),
+        ("send.no-client-id", "", many(vec![message("p-n", b"1")]), Code::ClientIdRequired),
+    ];
+    for (row, id, request, want) in rows {
+        let count = request.messages.len();
+        let reply = client.send_message(by(id, request)).await.unwrap().into_inner();
+        assert_eq!(code(reply.status), want, "{row}");
+        if want == Code::Ok {
+            assert_eq!(reply.entries.len(), count, "{row}");
+        }
+    }
+}
+
+async fn feed(client: &mut Client, count: usize) {
+    for i in 0..count {
+        let request = SendMessageRequest { messages: vec![message("p-n", format!("m{i}").as_bytes())] };
+        let reply = client.send_message(by(CLIENT, request)).await.unwrap().into_inner();
+        assert_eq!(code(reply.status), Code::Ok);
+    }
+}
+
+#[tokio::test]
+async fn receive_rows() {
+    let (_served, mut client) = served().await;
+    type Change = fn(&mut ReceiveMessageRequest);
+    let rows: Vec<(&str, Change, Code)> = vec![
+        ("receive.empty-group", |r| r.group = None, Code::IllegalConsumerGroup),
+        ("receive.illegal-group", |r| r.group = name("a b"), Code::IllegalConsumerGroup),
+        ("receive.unknown-group", |r| r.group = name("no-such-group"), Code::ConsumerGroupNotFound),
+        (
+            "receive.unknown-topic",
+            |r| r.message_queue.as_mut().unwrap().topic = name("none"),
+            Code::TopicNotFound,
+        ),
+        (
+            "receive.unknown-broker",
+            |r| r.message_queue.as_mut().unwrap().broker.as_mut().unwrap().name = "b9".into(),
+            Code::NotFound,
+        ),
+        ("receive.inv-0", |r| r.invisible_duration = Some(seconds(0)), Code::IllegalInvisibleTime),
+        ("receive.inv-1s", |r| r.invisible_duration = Some(seconds(1)), Code::IllegalInvisibleTime),
+        ("receive.inv-9s", |r| r.invisible_duration = Some(seconds(9)), Code::IllegalInvisibleTime),
+        ("receive.inv-13h", |r| r.invisible_duration = Some(seconds(13 * 3600)), Code::IllegalInvisibleTime),
+        ("receive.no-inv", |r| r.invisible_duration = None, Code::IllegalInvisibleTime),
+        ("receive.batch-0", |r| r.batch_size = 0, Code::BadRequest),
+        ("receive.batch-neg", |r| r.batch_size = -1, Code::BadRequest),
+        (
+            "receive.tag-a|b",
+            |r| r.filter_expression.as_mut().unwrap().expression = "a|b".into(),
+            Code::IllegalFilterExpression,
+        ),
+        (
+            "receive.tag-bars",
+            |r| r.filter_expression.as_mut().unwrap().expression = "||".into(),
+            Code::IllegalFilterExpression,
+        ),
+        (
+            "receive.sql-empty",
+            |r| {
+                r.filter_expression =
+                    Some(FilterExpression { r#type: FilterType::Sql.into(), expression: String::new() })
+            },
+            Code::IllegalFilterExpression,
+        ),
+        (
+            "receive.sql (later)",
+            |r| {
+                r.filter_expression =
+                    Some(FilterExpression { r#type: FilterType::Sql.into(), expression: "a=1".into() })
+            },
+            Code::NotImplemented,
+        ),
+    ];
+    for (row, change, want) in rows {
+        let mut request = receive("p-n", "pg");
+        change(&mut request);
+        let got = drain(&mut client, by(CLIENT, request)).await;
+        assert_eq!(got.code(), want, "{row}");
+        assert!(got.delivery_timestamp, "{row}: the timestamp comes even after an error");
+    }
+    let got = drain(&mut client, by("", receive("p-n", "pg"))).await;
+    assert_eq!((got.code(), got.delivery_timestamp), (Code::ClientIdRequired, true));
+
+    // receive.no-poll and receive.tag-empty: nothing there, so the call waits for what its deadline leaves.
+    let began = std::time::Instant::now();
+    let mut request = by(CLIENT, receive("p-n", "pg"));
+    request.set_timeout(std::time::Duration::from_millis(700));
+    let got = drain(&mut client, request).await;
+    assert_eq!((got.code(), got.messages.len()), (Code::MessageNotFound, 0));
+    assert!(began.elapsed() < std::time::Duration::from_millis(700), "it answers before the deadline");
+
+    // receive.poll-40s: the deadline does not leave room for it.
+    let mut request = receive("p-n", "pg");
+    request.long_polling_timeout = Some(seconds(40));
+    let mut request = by(CLIENT, request);
+    request.set_timeout(std::time::Duration::from_secs(3));
+    assert_eq!(drain(&mut client, request).await.code(), Code::IllegalPollingTime);
+}
+
+#[tokio::test]
+async fn receive_ok_of_an_unsettled_client_and_any_queue() {
+    let (_served, mut client) = served().await;
+    feed(&mut client, 6).await;
+    let mut request = receive("p-n", "pg");
+    // receive.queue-99, receive.batch-1000: any queue of the broker, bounded to 32.
+    request.message_queue.as_mut().unwrap().id = 99;
+    request.batch_size = 1000;
+    let got = drain(&mut client, by("never-seen-before", request)).await;
+    assert_eq!((got.code(), got.messages.len(), got.delivery_timestamp), (Code::Ok, 6, true));
+    for m in &got.messages {
+        let s = m.system_properties.as_ref().unwrap();
+        let digest = s.body_digest.as_ref().unwrap();
+        assert_eq!(digest.r#type(), DigestType::Md5);
+        assert!(
+            digest.checksum.len() == 32
+                && digest.checksum.chars().all(|c| matches!(c, '0'..='9' | 'A'..='F'))
+        );
+        assert_eq!(s.body_encoding(), Encoding::Identity);
+        assert_eq!(s.message_type(), MessageType::Normal);
+        assert_eq!(s.delivery_attempt, Some(1));
+        assert_eq!(s.message_id, "01C0FFEE0123456789ABCDEF0123456789");
+        assert!(s.receipt_handle.is_some() && s.store_timestamp.is_some() && s.queue_offset.is_some());
+        assert!(
+            m.user_properties.is_empty(),
+            "what is the server's own stays there: {:?}",
+            m.user_properties
+        );
+        assert_eq!(m.topic, name("p-n"));
+    }
+}
+
+#[tokio::test]
+async fn a_long_poll_is_woken_by_an_arrival() {
+    let (_served, mut client) = served().await;
+    let mut waiting = client.clone();
+    let poll = tokio::spawn(async move { drain(&mut waiting, by(CLIENT, receive("p-n", "pg"))).await });
+    // It is in line once the group has a position.
+    loop {
+        let lag =
+            admin(_served.port).await.group_lag(apis::admin::GroupLagRequest { group: "pg".into() }).await;
+        if lag.is_ok() {
+            break;
+        }
+    }
+    feed(&mut client, 1).await;
+    let got = poll.await.unwrap();
+    assert_eq!((got.code(), got.messages.len()), (Code::Ok, 1), "receive.empty-queue-waits");
+}
+
+async fn one_handle(client: &mut Client) -> String {
+    feed(client, 1).await;
+    let got = drain(client, by(CLIENT, receive("p-n", "pg"))).await;
+    assert_eq!(got.code(), Code::Ok, "ack.receive");
+    got.messages[0].system_properties.clone().unwrap().receipt_handle.unwrap()
+}
+
+fn ack(topic: &str, group: &str, handles: &[&str]) -> AckMessageRequest {
+    let entry = |handle: &&str| AckMessageEntry {
+        message_id: "m".into(),
+        receipt_handle: (*handle).to_owned(),
+        lite_topic: None,
+    };
+    AckMessageRequest { group: name(group), topic: name(topic), entries: handles.iter().map(entry).collect() }
+}
+
+fn invisible(handle: &str, s: i64) -> ChangeInvisibleDurationRequest {
+    ChangeInvisibleDurationRequest {
+        group: name("pg"),
+        topic: name("p-n"),
+        receipt_handle: handle.into(),
+        invisible_duration: Some(seconds(s)),
+        ..Default::default()
+    }
+}
+
+#[tokio::test]
+async fn acknowledge() {
+    let (served, mut client) = served().await;
+    put_group(served.port, "other").await;
+    let old = one_handle(&mut client).await;
+    for (row, s, want) in [("inv.ok", 30, Code::Ok), ("inv.13h", 13 * 3600, Code::IllegalInvisibleTime)] {
+        let reply =
+            client.change_invisible_duration(by(CLIENT, invisible(&old, s))).await.unwrap().into_inner();
+        assert_eq!(reply.receipt_handle.is_empty(), want != Code::Ok, "{row}: a new handle if it went well");
+        assert_eq!(code(reply.status), want, "{row}");
+    }
+    let again = client.change_invisible_duration(by(CLIENT, invisible(&old, 40))).await.unwrap().into_inner();
+    assert_eq!(code(again.status), Code::Ok, "inv.old-handle-again");
+    let altered = old.replace("1.broker-a.", "1.broker-a.A");
+    let rows: Vec<(&str, AckMessageRequest, Code)> = vec![
+        ("ack.other-group", ack("p-n", "other", &[&old]), Code::InvalidReceiptHandle),
+        ("ack.other-topic", ack("p-f", "pg", &[&old]), Code::InvalidReceiptHandle),
+        ("ack.malformed", ack("p-n", "pg", &["rubbish"]), Code::InvalidReceiptHandle),
+        ("ack.forged", ack("p-n", "pg", &[&altered]), Code::InvalidReceiptHandle),
+        ("ack.unknown-broker", ack("p-n", "pg", &["1.nobody.AAAA"]), Code::InvalidReceiptHandle),
+        ("ack.empty", ack("p-n", "pg", &[""]), Code::InvalidReceiptHandle),
+        ("ack.unknown-group", ack("p-n", "no-such-group", &["x"]), Code::InvalidReceiptHandle),
+        ("ack.no-entries", ack("p-n", "pg", &[]), Code::BadRequest),
+        ("ack.old-handle", ack("p-n", "pg", &[&old]), Code::Ok),
+        ("ack.again", ack("p-n", "pg", &[&old]), Code::Ok),
+        ("ack.some", ack("p-n", "pg", &[&old, "rubbish"]), Code::MultipleResults),
+    ];
+    for (row, request, want) in rows {
+        let count = request.entries.len();
+        let reply = client.ack_message(by(CLIENT, request)).await.unwrap().into_inner();
+        assert_eq!(code(reply.status), want, "{row}");
+        assert_eq!(reply.entries.len(), if want == Code::BadRequest { 0 } else { count }, "{row}");
+    }
+    for handle in ["rubbish", "", "1.broker-a.AAAA"] {
+        let reply =
+            client.change_invisible_duration(by(CLIENT, invisible(handle, 30))).await.unwrap().into_inner();
+        assert_eq!(code(reply.status), Code::InvalidReceiptHandle, "inv.malformed");
+        let request = ForwardMessageToDeadLetterQueueRequest {
+            group: name("pg"),
+            topic: name("p-n"),
+            receipt_handle: handle.into(),
+            ..Default::default()
+        };
+        let reply =
+            client.forward_message_to_dead_letter_queue(by(CLIENT, request)).await.unwrap().into_inner();
+        assert_eq!(code(reply.status), Code::InvalidReceiptHandle, "dlq.malformed");
+    }
+}
+
+#[tokio::test]
+async fn a_message_given_back_comes_again_and_its_old_handle_is_expired() {
+    let (_served, mut client) = served().await;
+    let handle = one_handle(&mut client).await;
+    let reply =
+        client.change_invisible_duration(by(CLIENT, invisible(&handle, 0))).await.unwrap().into_inner();
+    assert_eq!(code(reply.status), Code::Ok, "inv.0s");
+    let got = drain(&mut client, by(CLIENT, receive("p-n", "pg"))).await;
+    let system = got.messages[0].system_properties.clone().unwrap();
+    assert_eq!(system.delivery_attempt, Some(2));
+    assert_eq!(got.messages[0].topic, name("p-n"), "a retry shows the topic it was sent to");
+    let reply = client.ack_message(by(CLIENT, ack("p-n", "pg", &[&handle]))).await.unwrap().into_inner();
+    assert_eq!(code(reply.status), Code::InvalidReceiptHandle, "expired.ack");
+    let reply =
+        client.change_invisible_duration(by(CLIENT, invisible(&handle, 30))).await.unwrap().into_inner();
+    assert_eq!(code(reply.status), Code::InvalidReceiptHandle, "expired.inv");
+    let new = system.receipt_handle.unwrap();
+    let reply = client.ack_message(by(CLIENT, ack("p-n", "pg", &[&new]))).await.unwrap().into_inner();
+    assert_eq!(code(reply.status), Code::Ok);
+}
+
+#[tokio::test]
+async fn a_dead_letter_can_be_consumed() {
+    let (_served, mut client) = served().await;
+    let handle = one_handle(&mut client).await;
+    let request = ForwardMessageToDeadLetterQueueRequest {
+        group: name("pg"),
+        topic: name("p-n"),
+        receipt_handle: handle,
+        message_id: "m".into(),
+        delivery_attempt: 1,
+        max_delivery_attempts: 1,
+        lite_topic: None,
+    };
+    let reply = client.forward_message_to_dead_letter_queue(by(CLIENT, request)).await.unwrap().into_inner();
+    assert_eq!(code(reply.status), Code::Ok);
+    let route = QueryRouteRequest { topic: name("%DLQ%pg"), endpoints: endpoints() };
+    // The name server hears of the new topic with the broker's next sign of life.
+    let until = tokio::time::Instant::now() + std::time::Duration::from_secs(5);
+    loop {
+        let reply = client.query_route(by(CLIENT, route.clone())).await.unwrap().into_inner();
+        if code(reply.status) == Code::Ok {
+            break;
+        }
+        assert!(tokio::time::Instant::now() < until, "the dead-letter topic has no route");
+        tokio::task::yield_now().await;
+    }
+    let got = drain(&mut client, by(CLIENT, receive("%DLQ%pg", "pg"))).await;
+    let system = got.messages[0].system_properties.clone().unwrap();
+    let origin = system.dead_letter_queue.unwrap();
+    assert_eq!((origin.topic.as_str(), origin.message_id), ("p-n", system.message_id));
+}
+
+#[tokio::test]
+async fn assignment() {
+    let (_served, mut client) = served().await;
+    for (row, topic, group, want) in [
+        ("assignment.ok", "p-n", "pg", Code::Ok),
+        ("assignment.unknown-topic", "no-such-topic", "pg", Code::TopicNotFound),
+        ("assignment.unknown-group", "p-n", "no-such-group", Code::Ok),
+    ] {
+        let request =
+            QueryAssignmentRequest { topic: name(topic), group: name(group), endpoints: endpoints() };
+        let reply = client.query_assignment(by(CLIENT, request)).await.unwrap().into_inner();
+        assert_eq!(code(reply.status), want, "{row}");
+        if want == Code::Ok {
+            let queue = reply.assignments[0].message_queue.clone().unwrap();
+            assert_eq!((reply.assignments.len(), queue.id), (1, -1), "{row}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_is_not_built_says_so() {
+    let (_served, mut client) = served().await;
+    let c = &mut client;
+    let replies = [
+        c.end_transaction(by(CLIENT, EndTransactionRequest::default())).await.unwrap().into_inner().status,
+        c.recall_message(by(CLIENT, RecallMessageRequest::default())).await.unwrap().into_inner().status,
+        c.get_offset(by(CLIENT, GetOffsetRequest::default())).await.unwrap().into_inner().status,
+        c.update_offset(by(CLIENT, UpdateOffsetRequest::default())).await.unwrap().into_inner().status,
+        c.query_offset(by(CLIENT, QueryOffsetRequest::default())).await.unwrap().into_inner().status,
+        c.sync_lite_subscription(by(CLIENT, SyncLiteSubscriptionRequest::default()))
+            .await
+            .unwrap()
+            .into_inner()
+            .status,
+    ];
+    assert!(replies.into_iter().all(|status| code(status) == Code::NotImplemented));
+}
+
+#[tokio::test]
+async fn namespaces_part_topics_of_one_name() {
+    let served = Served::start(true).await;
+    let mut client = connect(served.port).await;
+    let resource = |namespace: &str, name: &str| {
+        Some(Resource { resource_namespace: namespace.into(), name: name.into() })
+    };
+    let mut m = message("t", b"for a");
+    m.topic = resource("a", "t");
+    let reply =
+        client.send_message(by(CLIENT, SendMessageRequest { messages: vec![m] })).await.unwrap().into_inner();
+    assert_eq!(code(reply.status), Code::Ok);
+
+    let mut other = receive("t", "g");
+    other.group = resource("b", "g");
+    other.message_queue.as_mut().unwrap().topic = resource("b", "t");
+    let mut request = by(CLIENT, other);
+    request.set_timeout(std::time::Duration::from_millis(500));
+    assert_eq!(drain(&mut client, request).await.code(), Code::MessageNotFound);
+
+    // Where the resource leaves it empty, the header counts.
+    let mut request = by(CLIENT, receive("t", "g"));
+    request.metadata_mut().insert("x-mq-namespace", "a".parse().unwrap());
+    let got = drain(&mut client, request).await;
+    assert_eq!(got.code(), Code::Ok);
+    assert_eq!(got.messages[0].topic, resource("a", "t"));
+}
+
+#[tokio::test]
+async fn unknown_rpcs_and_frames_that_are_too_large_leave_the_server_unharmed() {
+    let (_served, mut client) = served().await;
+    let mut m = message("p-n", b"x");
+    m.body = vec![0u8; 131 << 20].into();
+    let too_large =
+        client.send_message(by(CLIENT, SendMessageRequest { messages: vec![m] })).await.unwrap_err();
+    assert!(
+        matches!(
+            too_large.code(),
+            tonic::Code::OutOfRange | tonic::Code::ResourceExhausted | tonic::Code::Cancelled
+        ),
+        "{too_large}"
+    );
+    let mut grpc = tonic::client::Grpc::new(
+        tonic::transport::Endpoint::from_shared(format!("http://127.0.0.1:{}", _served.port))
+            .unwrap()
+            .connect()
+            .await
+            .unwrap(),
+    );
+    grpc.ready().await.unwrap();
+    let path = "/apache.rocketmq.v2.MessagingService/NoSuch".parse().unwrap();
+    let codec = tonic_prost::ProstCodec::<QueryRouteRequest, QueryRouteResponse>::default();
+    let unknown = grpc.unary(by(CLIENT, QueryRouteRequest::default()), path, codec).await.unwrap_err();
+    assert_eq!(unknown.code(), tonic::Code::Unimplemented, "rpc.unknown");
+    feed(&mut connect(_served.port).await, 1).await;
+}
