@@ -1,7 +1,7 @@
 //! The cluster as the name servers see it: brokers, topics, groups. Asked for once a second; what was known
 //! stays in use while no name server answers. A broker that missed a topic or group is told of it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -113,6 +113,8 @@ pub struct Routes<B, N> {
     brokers: B,
     name_servers: N,
     view: ArcSwap<View>,
+    /// Names of all brokers that were ever seen: one that is away is not one that does not exist.
+    seen: parking_lot::Mutex<BTreeSet<String>>,
     /// One question at a time.
     asking: Mutex<()>,
     on_view: OnView,
@@ -120,11 +122,22 @@ pub struct Routes<B, N> {
 
 impl<B: Brokers, N: NameServers> Routes<B, N> {
     pub fn new(brokers: B, name_servers: N, on_view: OnView) -> Self {
-        Self { brokers, name_servers, view: ArcSwap::default(), asking: Mutex::default(), on_view }
+        Self {
+            brokers,
+            name_servers,
+            view: ArcSwap::default(),
+            seen: Default::default(),
+            asking: Mutex::default(),
+            on_view,
+        }
     }
 
     pub fn view(&self) -> Arc<View> {
         self.view.load_full()
+    }
+
+    pub fn was_seen(&self, broker: &str) -> bool {
+        self.seen.lock().contains(broker)
     }
 
     /// Asks a name server now.
@@ -140,6 +153,7 @@ impl<B: Brokers, N: NameServers> Routes<B, N> {
 
     fn set(&self, view: View) {
         (self.on_view)(&view);
+        self.seen.lock().extend(view.brokers.keys().cloned());
         self.view.store(Arc::new(view));
     }
 

@@ -22,14 +22,17 @@ impl<B: Brokers, N: NameServers> Front<B, N> {
     /// The broker that made a handle, if it is known here.
     fn broker_of(&self, handle: &str) -> Result<String, Error> {
         let broker = receipt::broker_of(handle).ok_or_else(malformed)?;
-        match self.routes.view().brokers.contains_key(broker) {
-            true => Ok(broker.to_owned()),
-            false => {
-                let what =
-                    format!("the receipt handle belongs to broker {broker:?}, which is not registered");
-                Err(Error::new(Code::InvalidReceiptHandle, what))
-            }
+        if self.routes.view().brokers.contains_key(broker) {
+            return Ok(broker.to_owned());
         }
+        if self.routes.was_seen(broker) {
+            // Not the handle's fault: clients give a handle up that is called invalid.
+            let what = format!("broker {broker:?} is away at the moment; try again");
+            return Err(Error::new(Code::HaNotAvailable, what));
+        }
+        let what =
+            format!("the receipt handle belongs to broker {broker:?}, which is not part of this cluster");
+        Err(Error::new(Code::InvalidReceiptHandle, what))
     }
 
     pub(super) async fn ack(&self, call: Call, r: AckMessageRequest) -> Result<AckMessageResponse, Error> {

@@ -1,0 +1,405 @@
+//! A whole world on one thread: clients, proxy, broker and name server, with seeded time, network and disk.
+//! Calls are delayed, lost, or their answers are; the broker's machine loses its power. Same seed, same trace.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use apis::brokers::{Brokers, NameServers, Reply};
+use apis::context::CallContext;
+use apis::internal::*;
+use apis::status::Error;
+use apis::v2;
+use apis::v2::messaging_service_server::MessagingService;
+use broker::engine_loop::EngineLoop;
+use broker::{Broker, LocalBrokers};
+use crossbeam_channel::{Receiver, unbounded};
+use model::{Clock, Timestamp};
+use namesrv::LocalNameServer;
+use parking_lot::Mutex;
+use proxy::service::Messaging;
+use proxy::{Proxy, ProxyConfig};
+use store::fs::{Fs, MemFs};
+use store::kv::MemKv;
+use store::log::LogOptions;
+use store::{Engine, FlushMode, Options};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep};
+use tokio_stream::StreamExt;
+
+use crate::client::{by, message, receive};
+
+/// SplitMix64.
+#[derive(Clone)]
+pub struct Random(Arc<Mutex<u64>>);
+
+impl Random {
+    pub fn new(seed: u64) -> Self {
+        Self(Arc::new(Mutex::new(seed)))
+    }
+
+    pub fn next(&self) -> u64 {
+        let mut state = self.0.lock();
+        *state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = *state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    pub fn below(&self, n: u64) -> u64 {
+        self.next() % n
+    }
+
+    fn one_in(&self, n: u64) -> bool {
+        self.below(n) == 0
+    }
+}
+
+/// The runtime's virtual time as a clock.
+#[derive(Clone)]
+struct SimClock(Instant);
+
+impl Clock for SimClock {
+    fn now(&self) -> Timestamp {
+        Timestamp(1_700_000_000_000 + self.0.elapsed().as_millis() as i64)
+    }
+}
+
+const NAME: &str = "broker-a";
+
+/// The broker's machine: its disk survives, its process does not.
+struct Machine {
+    fs: MemFs,
+    kv: MemKv,
+    running: Mutex<Option<(Broker, JoinHandle<()>)>>,
+    clock: SimClock,
+    random: Random,
+}
+
+impl Machine {
+    fn boot(&self) {
+        let options = Options {
+            dir: "/data".into(),
+            flush: FlushMode::Sync,
+            log: LogOptions { segment_bytes: 1 << 20, chunk_bytes: 64 << 10, reserve_bytes: 64 << 10 },
+            queue_file_entries: 64,
+            host: ([127, 0, 0, 1], 10911).into(),
+            new_key: [3; 16],
+        };
+        let fs: Arc<dyn Fs> = Arc::new(self.fs.clone());
+        let lock = store::engine::claim(&*fs, &options).expect("the folder is free");
+        let now = self.clock.now();
+        let (engine, report) =
+            Engine::open(options, fs, Arc::new(self.kv.clone()), lock, now).expect("the store opens");
+        assert_eq!(report.damaged, [] as [u64; 0]);
+        let (commands, receiver) = unbounded();
+        let broker = Broker::new(NAME.into(), commands, &engine);
+        let driver = drive(EngineLoop::new(engine, now), receiver, self.clock.clone(), self.random.clone());
+        *self.running.lock() = Some((broker, tokio::task::spawn_local(driver)));
+    }
+
+    fn power_loss(&self) {
+        if let Some((_, driver)) = self.running.lock().take() {
+            driver.abort();
+        }
+    }
+
+    fn power_back(&self) {
+        let random = self.random.clone();
+        self.fs.power_loss(|| random.one_in(2));
+        self.kv.power_loss(|| random.one_in(2));
+        self.boot();
+    }
+}
+
+/// What `broker::threads` does with three threads, as one task: disk operations take virtual time.
+async fn drive(
+    mut engine_loop: EngineLoop,
+    commands: Receiver<broker::command::Command>,
+    clock: SimClock,
+    random: Random,
+) {
+    loop {
+        sleep(Duration::from_millis(1)).await;
+        let now = clock.now();
+        for command in commands.try_iter() {
+            engine_loop.handle(command, now);
+        }
+        let effects = engine_loop.finish(now);
+        let syncer = engine_loop.engine().syncer();
+        if effects.sync {
+            sleep(Duration::from_millis(random.below(5))).await;
+            let result = syncer.sync().map_err(|e| broker::error::of_store(&e));
+            for reply in effects.pending.into_iter().flat_map(|p| p.replies) {
+                reply.send(result.clone().map(drop));
+            }
+            if let Ok(flushed) = result {
+                engine_loop.handle(broker::command::Command::Flushed(flushed), clock.now());
+            }
+        }
+        if let Some(checkpoint) = effects.checkpoint {
+            let (fs, kv) = (engine_loop.engine().fs(), engine_loop.engine().kv());
+            let result = checkpoint.write(&syncer, &*fs, &*kv);
+            engine_loop.handle(broker::command::Command::CheckpointWritten(result), clock.now());
+        }
+    }
+}
+
+/// The network between proxy and broker.
+#[derive(Clone)]
+struct SimBrokers {
+    machine: Arc<Machine>,
+    random: Random,
+}
+
+impl SimBrokers {
+    fn local(&self) -> Result<LocalBrokers, Error> {
+        let running = self.machine.running.lock();
+        let (broker, _) = running.as_ref().ok_or_else(|| Error::new(v2::Code::HaNotAvailable, "no power"))?;
+        Ok(LocalBrokers::new([broker.clone()]))
+    }
+
+    /// Delays, and sometimes loses: false.
+    async fn wire(&self) -> bool {
+        sleep(Duration::from_micros(self.random.below(3_000))).await;
+        !self.random.one_in(40)
+    }
+
+    fn lost() -> Error {
+        Error::new(v2::Code::ProxyTimeout, "lost on the way")
+    }
+}
+
+macro_rules! over_the_wire {
+    ($($name:ident($request:ty) -> $reply:ty),* $(,)?) => {
+        impl Brokers for SimBrokers {
+            $(async fn $name(&self, broker: &str, context: &CallContext, request: $request) -> Reply<$reply> {
+                if !self.wire().await {
+                    return Err(Self::lost());
+                }
+                let reply = self.local()?.$name(broker, context, request).await;
+                if self.wire().await { reply } else { Err(Self::lost()) }
+            })*
+        }
+    };
+}
+
+over_the_wire! {
+    append(AppendRequest) -> AppendReply,
+    pop(PopRequest) -> PopReply,
+    ack(AckRequest) -> AckReply,
+    change_invisible(ChangeInvisibleRequest) -> ChangeInvisibleReply,
+    dead_letter(DeadLetterRequest) -> DeadLetterReply,
+    liveness(LivenessRequest) -> LivenessReply,
+    read(ReadRequest) -> ReadReply,
+    metadata(MetadataRequest) -> MetadataReply,
+    put_metadata(PutMetadataRequest) -> PutMetadataReply,
+    group_lag(GroupLagRequest) -> GroupLagReply,
+}
+
+/// What happened, in order.
+#[derive(Clone, Default)]
+pub struct Trace(Rc<RefCell<Vec<String>>>);
+
+impl Trace {
+    fn note(&self, clock: &SimClock, what: impl AsRef<str>) {
+        let line = format!("{} {}", clock.now().0 - 1_700_000_000_000, what.as_ref());
+        self.0.borrow_mut().push(line);
+    }
+
+    pub fn lines(&self) -> Vec<String> {
+        self.0.borrow().clone()
+    }
+}
+
+type Front = Messaging<SimBrokers, LocalNameServer>;
+
+/// Attempt, queue and offset: one delivery's place. (A send whose confirmation was lost makes a second message.)
+type Place = (i32, i32, i64);
+
+/// What clients know.
+#[derive(Default)]
+struct Facts {
+    /// Sends that were acknowledged.
+    sent: Vec<String>,
+    /// Receptions of each message.
+    received: BTreeMap<String, u32>,
+    /// Acknowledgements that were confirmed.
+    acked: BTreeMap<String, Place>,
+}
+
+/// Runs a world; panics if a promise is broken. Returns its trace.
+pub fn run(seed: u64) -> Vec<String> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .start_paused(true)
+        .build()
+        .expect("a runtime");
+    let local = tokio::task::LocalSet::new();
+    local.block_on(&runtime, world(seed))
+}
+
+async fn world(seed: u64) -> Vec<String> {
+    let random = Random::new(seed);
+    let clock = SimClock(Instant::now());
+    let trace = Trace::default();
+    let machine = Arc::new(Machine {
+        fs: MemFs::new(),
+        kv: MemKv::default(),
+        running: Mutex::default(),
+        clock: clock.clone(),
+        random: random.clone(),
+    });
+    machine.boot();
+    let names = LocalNameServer::new(clock.clone());
+    let brokers = SimBrokers { machine: machine.clone(), random: random.clone() };
+    tokio::task::spawn_local(keep_registered(machine.clone(), names.clone()));
+    let config = ProxyConfig { auto_create: true, tls: None };
+    let proxy = Rc::new(Proxy::build(config, brokers, names, Arc::new(|_| {}), clock.clone()));
+    let refreshed = proxy.clone();
+    tokio::task::spawn_local(async move {
+        loop {
+            let _ = refreshed.refresh().await;
+            sleep(Duration::from_secs(1)).await;
+        }
+    });
+    sleep(Duration::from_secs(2)).await;
+
+    let facts = Rc::new(RefCell::new(Facts::default()));
+    let mut clients = Vec::new();
+    for id in 0..3 {
+        let (front, facts, trace) = (proxy.messaging(), facts.clone(), trace.clone());
+        clients.push(tokio::task::spawn_local(produce(
+            id,
+            front,
+            facts,
+            trace,
+            clock.clone(),
+            random.clone(),
+        )));
+    }
+    for id in 0..3 {
+        let (front, facts, trace) = (proxy.messaging(), facts.clone(), trace.clone());
+        tokio::task::spawn_local(consume(id, front, facts, trace, clock.clone()));
+    }
+    for _ in 0..3 {
+        sleep(Duration::from_millis(500 + random.below(4_000))).await;
+        trace.note(&clock, "power loss");
+        machine.power_loss();
+        sleep(Duration::from_millis(random.below(5_000))).await;
+        machine.power_back();
+        trace.note(&clock, "power back");
+    }
+    for client in clients {
+        client.await.expect("a producer ends");
+    }
+    // Everything comes, at the latest after its invisible time.
+    sleep(Duration::from_secs(90)).await;
+    let facts = facts.borrow();
+    assert!(facts.sent.len() > 50, "seed {seed}: only {} messages were sent", facts.sent.len());
+    for id in &facts.sent {
+        assert!(facts.received.contains_key(id), "seed {seed}: {id} was acknowledged and never delivered");
+        assert!(facts.acked.contains_key(id), "seed {seed}: no acknowledgement of {id} was ever confirmed");
+    }
+    trace.lines()
+}
+
+async fn keep_registered(machine: Arc<Machine>, names: LocalNameServer) {
+    loop {
+        let broker = machine.running.lock().as_ref().map(|(broker, _)| broker.clone());
+        if let Some(broker) = broker {
+            let metadata =
+                tokio::time::timeout(Duration::from_secs(1), broker.metadata(MetadataRequest {})).await;
+            if let Ok(Ok(metadata)) = metadata {
+                let request = RegisterRequest {
+                    cluster: "sim".into(),
+                    broker: NAME.into(),
+                    broker_id: 0,
+                    address: "sim:1".into(),
+                    metadata: Some(metadata),
+                    unchanged: false,
+                };
+                let _ = names.register(request).await;
+            }
+        }
+        sleep(Duration::from_millis(500)).await;
+    }
+}
+
+async fn produce(
+    id: u32,
+    front: Front,
+    facts: Rc<RefCell<Facts>>,
+    trace: Trace,
+    clock: SimClock,
+    random: Random,
+) {
+    for n in 0..40 {
+        let body = format!("{id}-{n}");
+        loop {
+            sleep(Duration::from_millis(random.below(300))).await;
+            let request = v2::SendMessageRequest { messages: vec![message("t", body.as_bytes())] };
+            let reply =
+                front.send_message(by(&format!("p{id}"), request)).await.expect("gRPC OK").into_inner();
+            let code = reply.status.map_or(v2::Code::Unspecified, |s| s.code());
+            trace.note(&clock, format!("send {body} {}", code.as_str_name()));
+            if code == v2::Code::Ok {
+                break facts.borrow_mut().sent.push(body.clone());
+            }
+        }
+    }
+}
+
+async fn consume(id: u32, front: Front, facts: Rc<RefCell<Facts>>, trace: Trace, clock: SimClock) {
+    let client = format!("c{id}");
+    loop {
+        let reply = front.receive_message(by(&client, receive("t", "g"))).await.expect("gRPC OK");
+        let mut frames = reply.into_inner();
+        let mut messages = Vec::new();
+        while let Some(frame) = frames.next().await {
+            match frame.expect("a frame").content {
+                Some(v2::receive_message_response::Content::Message(m)) => messages.push(m),
+                Some(v2::receive_message_response::Content::Status(s)) if s.code() != v2::Code::Ok => {
+                    sleep(Duration::from_millis(100)).await;
+                }
+                _ => {}
+            }
+        }
+        for m in messages {
+            let body = String::from_utf8_lossy(&m.body).into_owned();
+            let system = m.system_properties.expect("set");
+            trace.note(&clock, format!("{client} got {body} attempt {}", system.delivery_attempt()));
+            let place = (system.delivery_attempt(), system.queue_id, system.queue_offset());
+            let back = facts.borrow().acked.get(&body) == Some(&place);
+            assert!(!back, "{body} came back after its acknowledgement");
+            *facts.borrow_mut().received.entry(body.clone()).or_default() += 1;
+            let entry = v2::AckMessageEntry {
+                message_id: system.message_id.clone(),
+                receipt_handle: system.receipt_handle().into(),
+                lite_topic: None,
+            };
+            let request = v2::AckMessageRequest {
+                group: crate::client::name("g"),
+                topic: crate::client::name("t"),
+                entries: vec![entry],
+            };
+            // As real clients do: again until it is confirmed, or the handle is no good any more.
+            let code = loop {
+                let reply =
+                    front.ack_message(by(&client, request.clone())).await.expect("gRPC OK").into_inner();
+                let code = reply.status.map_or(v2::Code::Unspecified, |s| s.code());
+                trace.note(&clock, format!("{client} ack {body} {}", code.as_str_name()));
+                if matches!(code, v2::Code::Ok | v2::Code::InvalidReceiptHandle) {
+                    break code;
+                }
+                sleep(Duration::from_millis(200)).await;
+            };
+            if code == v2::Code::Ok {
+                facts.borrow_mut().acked.insert(body, place);
+            }
+        }
+    }
+}

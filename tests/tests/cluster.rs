@@ -1,0 +1,178 @@
+//! A cluster in one process: the two ways to call a broker pass one suite, and the seeded simulation.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use apis::brokers::Brokers;
+use apis::context::CallContext;
+use apis::internal::broker_service_server::BrokerServiceServer;
+use apis::internal::*;
+use apis::remote::{Dial, RemoteBrokers};
+use apis::status::Error;
+use apis::v2::Code;
+use broker::LocalBrokers;
+use model::SystemClock;
+use store::FlushMode;
+use tests::cluster::broker;
+use tests::sim;
+use tokio_stream::wrappers::TcpListenerStream;
+
+const A: &str = "broker-a";
+
+fn context() -> CallContext {
+    CallContext { client_id: "c".into(), ..CallContext::internal() }
+}
+
+fn append(topic: &str, body: &str) -> AppendRequest {
+    let message = AppendMessage {
+        queue_id: 0,
+        body: body.as_bytes().to_vec().into(),
+        properties: bytes::Bytes::from_static(b"UNIQ_KEY\x01id\x02TAGS\x01a\x02"),
+        born_host: "127.0.0.1:1".into(),
+        ..Default::default()
+    };
+    AppendRequest { topic: topic.into(), messages: vec![message] }
+}
+
+fn pop(tags: &str, poll_ms: i64) -> PopRequest {
+    PopRequest {
+        group: "g".into(),
+        topic: "t".into(),
+        max_messages: 4,
+        invisible_ms: 60_000,
+        poll_ms,
+        tags: tags.into(),
+        ..Default::default()
+    }
+}
+
+/// What every `Brokers` must do.
+async fn conformance(brokers: impl Brokers) {
+    let c = context();
+    let code = |e: Error| e.code;
+    assert_eq!(
+        brokers.append("nobody", &c, append("t", "x")).await.map_err(code).unwrap_err(),
+        Code::NotFound
+    );
+    assert_eq!(brokers.append(A, &c, append("t", "x")).await.map_err(code).unwrap_err(), Code::TopicNotFound);
+    let put = PutMetadataRequest {
+        topics: vec![TopicConfig { name: "t".into(), queues: 1, types: vec![1], version: 2 }],
+        groups: vec![GroupConfig { name: "g".into(), fifo: false, max_attempts: 2, version: 1 }],
+        ..Default::default()
+    };
+    brokers.put_metadata(A, &c, put.clone()).await.unwrap();
+    let mut older = put.clone();
+    older.topics[0].version = 1;
+    older.topics[0].queues = 9;
+    brokers.put_metadata(A, &c, older).await.unwrap();
+    let metadata = brokers.metadata(A, &c, MetadataRequest {}).await.unwrap();
+    assert_eq!(
+        (metadata.broker.as_str(), &metadata.topics[..]),
+        (A, &put.topics[..]),
+        "the higher version stays"
+    );
+
+    // A waiting consumer is woken; what does not match its filter is not for it.
+    let waiting = {
+        let (b, c) = (brokers.clone(), CallContext { deadline: None, ..c.clone() });
+        tokio::spawn(async move { b.pop(A, &c, pop("a", 20_000)).await })
+    };
+    let stored = brokers.append(A, &c, append("t", "one")).await.unwrap();
+    assert_eq!((stored.results[0].queue_id, stored.results[0].queue_offset), (0, 0));
+    let popped = waiting.await.unwrap().unwrap();
+    assert_eq!(popped.messages.len(), 1);
+    let one = &popped.messages[0];
+    assert_eq!((&one.body[..], one.attempt, one.topic.as_str()), (&b"one"[..], 1, "t"));
+    assert!(brokers.pop(A, &c, pop("*", 0)).await.unwrap().messages.is_empty(), "it is invisible");
+
+    // Given back, it comes again with the attempt counted; acknowledged, it is gone.
+    let change = ChangeInvisibleRequest {
+        group: "g".into(),
+        topic: "t".into(),
+        handle: one.handle.clone(),
+        invisible_ms: 0,
+    };
+    let changed = brokers.change_invisible(A, &c, change).await.unwrap();
+    assert_ne!(changed.handle, one.handle);
+    let slow = CallContext { deadline: None, ..c.clone() };
+    let again = brokers.pop(A, &slow, pop("*", 5_000)).await.unwrap();
+    assert_eq!((again.messages[0].attempt, &again.messages[0].body[..]), (2, &b"one"[..]));
+    let handles = vec![again.messages[0].handle.clone(), "rubbish".into(), one.handle.clone()];
+    let ack = AckRequest { group: "g".into(), topic: "t".into(), handles };
+    let acked = brokers.ack(A, &c, ack).await.unwrap();
+    use AckResult::*;
+    assert_eq!(acked.results, [AckOk as i32, AckInvalidHandle as i32, AckExpired as i32]);
+
+    // The second failure is the last: a dead letter.
+    brokers.append(A, &c, append("t", "two")).await.unwrap();
+    for attempt in 1..=2 {
+        let popped = brokers.pop(A, &slow, pop("*", 5_000)).await.unwrap();
+        assert_eq!(popped.messages[0].attempt, attempt);
+        let handle = popped.messages[0].handle.clone();
+        let change = ChangeInvisibleRequest { group: "g".into(), topic: "t".into(), handle, invisible_ms: 0 };
+        brokers.change_invisible(A, &c, change).await.unwrap();
+    }
+    assert!(brokers.pop(A, &c, pop("*", 200)).await.unwrap().messages.is_empty());
+    let read = ReadRequest { topic: "%DLQ%g".into(), queue_id: 0, offset: 0, max_messages: 9 };
+    assert_eq!(&brokers.read(A, &c, read).await.unwrap().messages[0].body[..], b"two");
+    let lag = brokers.group_lag(A, &c, GroupLagRequest { group: "g".into() }).await.unwrap();
+    assert!(lag.queues.iter().all(|q| q.committed == q.max_offset && q.in_flight == 0), "{lag:?}");
+    let nobody = brokers.group_lag(A, &c, GroupLagRequest { group: "h".into() }).await;
+    assert_eq!(nobody.map_err(code).unwrap_err(), Code::ConsumerGroupNotFound);
+
+    // A deadline bounds a call that waits.
+    let short = CallContext { deadline: Some(Duration::from_millis(100)), ..c.clone() };
+    assert_eq!(brokers.pop(A, &short, pop("*", 20_000)).await.map_err(code).unwrap_err(), Code::ProxyTimeout);
+
+    // A caller that went away loses nothing: the next one gets the message.
+    let gone = {
+        let (b, c) = (brokers.clone(), slow.clone());
+        tokio::spawn(async move { b.pop(A, &c, pop("*", 20_000)).await })
+    };
+    tokio::task::yield_now().await;
+    gone.abort();
+    let _ = gone.await;
+    brokers.append(A, &c, append("t", "three")).await.unwrap();
+    let popped = brokers.pop(A, &slow, pop("*", 5_000)).await.unwrap();
+    assert_eq!(&popped.messages[0].body[..], b"three");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn local_brokers_conform() {
+    for flush in [FlushMode::Async, FlushMode::Sync] {
+        let node = broker(A, SystemClock, flush).unwrap();
+        conformance(LocalBrokers::new([node.broker().clone()])).await;
+        node.drain().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn remote_brokers_conform() {
+    let node = broker(A, SystemClock, FlushMode::Async).unwrap();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let service = BrokerServiceServer::new(node.broker().clone());
+    let server = tonic::transport::Server::builder().add_service(service);
+    tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+    let dial: Dial<_> =
+        Arc::new(|a| runtime::net::dial(a).map_err(|e| Error::new(Code::BadRequest, e.to_string())));
+    let brokers = RemoteBrokers::new(dial);
+    brokers.set_addresses([(A, address.as_str())].into_iter()).unwrap();
+    conformance(brokers).await;
+}
+
+#[test]
+fn simulated_worlds_keep_their_promises() {
+    let seeds: u64 = std::env::var("FERRY_SIM_SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(20);
+    for seed in 0..seeds {
+        sim::run(seed);
+    }
+}
+
+#[test]
+fn same_seed_same_trace() {
+    let first = sim::run(4711);
+    assert_eq!(first, sim::run(4711));
+    assert_ne!(first, sim::run(4712));
+    assert!(first.iter().any(|line| line.contains("PROXY_TIMEOUT")), "the network loses something");
+}
