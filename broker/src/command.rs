@@ -63,6 +63,6 @@ pub enum Command {
     Look(Box<dyn FnOnce(&Engine) + Send>),
     /// The log is durable up to here.
     Flushed(u64),
-    CheckpointWritten(Result<u64, (store::StoreError, store::checkpoint::Checkpoint)>),
+    CheckpointWritten(store::checkpoint::Outcome),
     Stop(oneshot::Sender<()>),
 }

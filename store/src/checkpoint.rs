@@ -32,17 +32,21 @@ pub struct Covered {
     pub clean: bool,
 }
 
+/// A checkpoint that could not be written.
+pub struct Failed {
+    pub error: StoreError,
+    pub(crate) checkpoint: Checkpoint,
+}
+
+/// The offset that is covered now, or the checkpoint back.
+pub type Outcome = std::result::Result<u64, Box<Failed>>;
+
 impl Checkpoint {
     /// Runs on any thread. Gives the checkpoint back if it failed, so that its rows go into the next one.
-    pub fn write(
-        self,
-        syncer: &Syncer,
-        fs: &dyn Fs,
-        kv: &dyn Kv,
-    ) -> std::result::Result<u64, (StoreError, Self)> {
+    pub fn write(self, syncer: &Syncer, fs: &dyn Fs, kv: &dyn Kv) -> Outcome {
         match self.try_write(syncer, fs, kv) {
             Ok(()) => Ok(self.covered),
-            Err(error) => Err((error, self)),
+            Err(error) => Err(Box::new(Failed { error, checkpoint: self })),
         }
     }
 

@@ -15,7 +15,7 @@ use model::name::{CHANGES_TOPIC, DLQ_PREFIX, RETRY_PREFIX};
 use model::{Group, Receipt, ReceiptKey, TagFilter, Timestamp, Topic, TopicConfig, hash, limits};
 
 use crate::change::{self, Change, CursorKey, Writer};
-use crate::checkpoint::{self, Checkpoint};
+use crate::checkpoint::{self, Checkpoint, Failed, Outcome};
 use crate::error::{Result, StoreError};
 use crate::fs::Fs;
 use crate::kv::{Batch, Kv};
@@ -457,11 +457,12 @@ impl Engine {
         let turn = *turn;
         let mut out = Vec::new();
         let retry = Topic::retry(request.group, request.topic);
-        if turn % 5 == 0 {
+        let retry_first = turn.is_multiple_of(5);
+        if retry_first {
             self.pop_topic(request, &retry, turn, now, &mut out)?;
         }
         self.pop_topic(request, request.topic, turn, now, &mut out)?;
-        if turn % 5 != 0 {
+        if !retry_first {
             self.pop_topic(request, &retry, turn, now, &mut out)?;
         }
         Ok(out)
@@ -782,10 +783,11 @@ impl Engine {
         Ok(Checkpoint { covered: self.log.end(), batch, unsynced, clean })
     }
 
-    pub fn checkpoint_written(&mut self, result: std::result::Result<u64, (StoreError, Checkpoint)>) {
-        match result {
+    pub fn checkpoint_written(&mut self, outcome: Outcome) {
+        match outcome {
             Ok(covered) => self.covered = self.covered.max(covered),
-            Err((error, failed)) => {
+            Err(failed) => {
+                let Failed { error, checkpoint: failed } = *failed;
                 tracing::warn!(%error, "a checkpoint could not be written; a restart replays more of the log");
                 self.meta.mark_dirty(&failed.batch);
                 self.pop.mark_dirty(&failed.batch);
@@ -803,7 +805,7 @@ impl Engine {
             return self.log.syncer().sync().map(drop);
         }
         let checkpoint = self.checkpoint(now, true)?;
-        checkpoint.write(&self.log.syncer(), &*self.fs, &*self.kv).map(drop).map_err(|(error, _)| error)
+        checkpoint.write(&self.log.syncer(), &*self.fs, &*self.kv).map(drop).map_err(|failed| failed.error)
     }
 }
 

@@ -6,7 +6,7 @@
 //! log offset 8 · size 4 · tag code 8      big-endian; size 0: no entry; (0, i32::MAX, 0): a place without message
 //! ```
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque, btree_map};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -185,7 +185,7 @@ impl FileQueues {
                 let path = path.clone();
                 move |e| StoreError::io(operation, path, e)
             };
-            if !queue.files.contains_key(&base) {
+            if let btree_map::Entry::Vacant(vacant) = queue.files.entry(base) {
                 self.fs.create_dir(&dir).map_err(failed("created"))?;
                 let file = self.fs.open(&path, true).map_err(failed("created"))?;
                 file.set_len(file_bytes).map_err(failed("created"))?;
@@ -194,7 +194,7 @@ impl FileQueues {
                     Entry::HOLE.put(&mut holes);
                 }
                 file.write_at(&holes, 0).map_err(failed("written"))?;
-                queue.files.insert(base, file);
+                vacant.insert(file);
                 self.unsynced.dirs.extend(dir.ancestors().take(4).map(Path::to_owned));
             }
             let room = (base + file_bytes) / ENTRY_BYTES - from;

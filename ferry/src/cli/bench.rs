@@ -192,7 +192,7 @@ async fn report(name: &str, args: &BenchArgs, meter: &Meter, seconds: f64, cpu: 
         ("errors", json!(meter.errors.load(Ordering::Relaxed))),
     ];
     output::object(args.remote.output, &fields);
-    if args.remote.output == Format::Table && latency.len() == 0 {
+    if args.remote.output == Format::Table && latency.is_empty() {
         println!("(nothing was measured: is there a message to receive, or does the server refuse?)");
     }
 }

@@ -128,7 +128,7 @@ fn show(format: Format, broker: &str, m: &Message, receipt: bool) {
     }
     let tag = system.tag.map(|t| format!("  tag={t}")).unwrap_or_default();
     let keys =
-        (!system.keys.is_empty()).then(|| format!("  keys={}", system.keys.join(","))).unwrap_or_default();
+        if system.keys.is_empty() { String::new() } else { format!("  keys={}", system.keys.join(",")) };
     let attempt =
         system.delivery_attempt.filter(|_| receipt).map(|a| format!("  attempt={a}")).unwrap_or_default();
     println!("{place}{attempt}{tag}{keys}  {body}");

@@ -111,6 +111,7 @@ macro_rules! answer {
 }
 
 #[tonic::async_trait]
+#[allow(clippy::needless_update, reason = "some answers are nothing but their status")]
 impl<B: Brokers, N: NameServers> MessagingService for Messaging<B, N> {
     async fn query_route(
         &self,
@@ -203,7 +204,7 @@ impl<B: Brokers, N: NameServers> MessagingService for Messaging<B, N> {
         &self,
         _: Request<UpdateOffsetRequest>,
     ) -> Result<Response<UpdateOffsetResponse>, GrpcStatus> {
-        Ok(Response::new(UpdateOffsetResponse { status: not_yet("UpdateOffset"), ..Default::default() }))
+        Ok(Response::new(UpdateOffsetResponse { status: not_yet("UpdateOffset") }))
     }
 
     async fn get_offset(
@@ -224,7 +225,7 @@ impl<B: Brokers, N: NameServers> MessagingService for Messaging<B, N> {
         &self,
         _: Request<EndTransactionRequest>,
     ) -> Result<Response<EndTransactionResponse>, GrpcStatus> {
-        Ok(Response::new(EndTransactionResponse { status: not_yet("EndTransaction"), ..Default::default() }))
+        Ok(Response::new(EndTransactionResponse { status: not_yet("EndTransaction") }))
     }
 
     async fn recall_message(
@@ -238,9 +239,6 @@ impl<B: Brokers, N: NameServers> MessagingService for Messaging<B, N> {
         &self,
         _: Request<SyncLiteSubscriptionRequest>,
     ) -> Result<Response<SyncLiteSubscriptionResponse>, GrpcStatus> {
-        Ok(Response::new(SyncLiteSubscriptionResponse {
-            status: not_yet("SyncLiteSubscription"),
-            ..Default::default()
-        }))
+        Ok(Response::new(SyncLiteSubscriptionResponse { status: not_yet("SyncLiteSubscription") }))
     }
 }

@@ -28,6 +28,7 @@ pub trait Fs: Send + Sync + 'static {
     fn lock(&self, path: &Path) -> io::Result<Box<dyn Any + Send + Sync>>;
 }
 
+#[allow(clippy::len_without_is_empty, reason = "a file that is empty is not a special one")]
 pub trait File: Send + Sync + 'static {
     /// Reads up to `buf.len()` bytes; fewer only at the end of the file.
     fn read_at(&self, buf: &mut [u8], at: u64) -> io::Result<usize>;

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# README command two: builds and passes the whole test suite, official clients included.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+tools/setup.sh
+for tool in python3 node npm java javac mvn go; do
+  command -v "$tool" >/dev/null || { echo "test: $tool is missing; the official clients need Python 3, Node.js, Java 17 with Maven, and Go" >&2; exit 1; }
+done
+tools/clients.sh
+export RUST_BACKTRACE=${RUST_BACKTRACE:-0}
+cargo build --locked --workspace --all-targets
+# The client suites mostly wait, so that more of them than cores run side by side.
+cargo test --locked --workspace --exclude tests
+cargo test --locked --package tests --test cluster --test processes --test protocol
+cargo test --locked --package tests --test clients -- --test-threads=6
