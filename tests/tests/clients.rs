@@ -1,11 +1,14 @@
 //! Official clients, unmodified, against real `ferry` processes. None is skipped: a missing client is a failure,
 //! and `tools/clients.sh` installs them all.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use prost::Message as _;
 use tests::process::{Lines, Server, free_port, run};
 
 fn cache() -> PathBuf {
@@ -168,4 +171,75 @@ suites! {
     java_5_2_0_plaintext: java("java52-plain", "5.2.0", "0"),
     java_5_0_7_tls: java("java507-tls", "5.0.7", "1"),
     java_5_0_7_plaintext: java("java507-plain", "5.0.7", "0"),
+}
+
+/// Every message, field, enum value and method of some files, a line each.
+fn lines(files: &[prost_types::FileDescriptorProto]) -> BTreeSet<String> {
+    let mut out = BTreeSet::new();
+    for file in files.iter().filter(|f| f.package() == "apache.rocketmq.v2") {
+        file.enum_type.iter().for_each(|e| enum_lines(".", e, &mut out));
+        file.message_type.iter().for_each(|m| message_lines(".", m, &mut out));
+        for service in &file.service {
+            for m in &service.method {
+                let (from, to) = (m.client_streaming(), m.server_streaming());
+                let io = format!("{} {} {from} {to}", m.input_type(), m.output_type());
+                out.insert(format!("rpc {}.{} {io}", service.name(), m.name()));
+            }
+        }
+    }
+    out
+}
+
+fn enum_lines(scope: &str, e: &prost_types::EnumDescriptorProto, out: &mut BTreeSet<String>) {
+    out.extend(e.value.iter().map(|v| format!("enum {scope}{}.{} = {}", e.name(), v.name(), v.number())));
+}
+
+fn message_lines(scope: &str, m: &prost_types::DescriptorProto, out: &mut BTreeSet<String>) {
+    let scope = format!("{scope}{}.", m.name());
+    for f in &m.field {
+        let oneof = f.oneof_index.filter(|_| !f.proto3_optional()).map(|i| m.oneof_decl[i as usize].name());
+        let kind =
+            format!("{:?} {:?} {} optional={}", f.r#type(), f.label(), f.type_name(), f.proto3_optional());
+        out.insert(format!("field {scope}{} = {} {kind} {oneof:?}", f.name(), f.number()));
+    }
+    m.enum_type.iter().for_each(|e| enum_lines(&scope, e, out));
+    m.nested_type.iter().for_each(|n| message_lines(&scope, n, out));
+}
+
+/// Everything that the official Python package has exists identically here; what is here beyond it is this table.
+#[test]
+fn our_protocol_is_the_official_one() {
+    let script = "
+from google.protobuf import descriptor_pb2
+from rocketmq.grpc_protocol import admin_pb2, definition_pb2, service_pb2
+for module in (definition_pb2, service_pb2, admin_pb2):
+    p = descriptor_pb2.FileDescriptorProto()
+    module.DESCRIPTOR.CopyToProto(p)
+    print(p.SerializeToString().hex())
+";
+    let out = Command::new(cache().join("python/bin/python")).args(["-c", script]).output().unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let byte = |hex: &[u8]| u8::from_str_radix(std::str::from_utf8(hex).unwrap(), 16).unwrap();
+    let text = String::from_utf8(out.stdout).unwrap();
+    let official: Vec<_> = text
+        .lines()
+        .map(|line| line.as_bytes().chunks(2).map(byte).collect::<Vec<u8>>())
+        .map(|bytes| prost_types::FileDescriptorProto::decode(&bytes[..]).unwrap())
+        .collect();
+    let ours = prost_types::FileDescriptorSet::decode(apis::DESCRIPTORS).unwrap();
+    let (official, ours) = (lines(&official), lines(&ours.file));
+    assert!(official.len() > 300, "{}", official.len());
+    assert_eq!(
+        official.difference(&ours).collect::<Vec<_>>(),
+        [] as [&String; 0],
+        "missing or different here"
+    );
+    let beyond: Vec<&str> = ours.difference(&official).map(String::as_str).collect();
+    let table = [
+        "enum .Code.INVALID_CLIENT_PROPERTIES = 40021",
+        "field .Settings.ClientPropertiesEntry.key = 1 String Optional  optional=false None",
+        "field .Settings.ClientPropertiesEntry.value = 2 String Optional  optional=false None",
+        "field .Settings.client_properties = 9 Message Repeated .apache.rocketmq.v2.Settings.ClientPropertiesEntry optional=false None",
+    ];
+    assert_eq!(beyond, table);
 }

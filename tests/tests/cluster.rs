@@ -1,4 +1,5 @@
 //! A cluster in one process: the two ways to call a broker pass one suite, and the seeded simulation.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::sync::Arc;
 use std::time::Duration;

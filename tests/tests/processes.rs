@@ -1,4 +1,5 @@
 //! `ferry` as real processes: kill -9 under load, what bad input gets, and the README's transcript.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;

@@ -1,5 +1,6 @@
 //! The real proxy, asked raw: every row of what Apache RocketMQ 5.5.0 was observed to answer that concerns what is
 //! built, and every limit for NORMAL messages. Rows have the names of the observation.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::collections::HashMap;
 
