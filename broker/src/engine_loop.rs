@@ -79,6 +79,8 @@ pub struct EngineLoop {
     checkpointing: bool,
     last_checkpoint: Timestamp,
     dirty_since: Option<Timestamp>,
+    /// More messages are due than one round has moved.
+    more_due: bool,
     stop: Option<oneshot::Sender<()>>,
 }
 
@@ -93,6 +95,7 @@ impl EngineLoop {
             checkpointing: false,
             last_checkpoint: now,
             dirty_since: None,
+            more_due: false,
             stop: None,
         }
     }
@@ -103,6 +106,9 @@ impl EngineLoop {
 
     /// When the loop wants to run even if nobody asks.
     pub fn next_wake(&self, now: Timestamp) -> Option<Timestamp> {
+        if self.more_due {
+            return Some(now);
+        }
         let flush = self.dirty_since.map(|since| since.plus_ms(FLUSH_MS));
         let behind = self.engine.uncovered() > 0 && !self.checkpointing;
         let checkpoint = behind.then(|| self.last_checkpoint.plus_ms(CHECKPOINT_MS));
@@ -235,9 +241,11 @@ impl EngineLoop {
     /// Commits what is staged, answers, and serves those who waited for it.
     pub fn finish(&mut self, now: Timestamp) -> Effects {
         let mut effects = Effects::default();
+        self.more_due = false;
         if self.engine.next_due().is_some_and(|due| due <= now) {
             match self.engine.expire(now) {
-                Ok(_) | Err(StoreError::DiskFull { .. } | StoreError::Poisoned { .. }) => {}
+                Ok(more) => self.more_due = more,
+                Err(StoreError::DiskFull { .. } | StoreError::Poisoned { .. }) => {}
                 Err(error) => {
                     tracing::error!(%error, "messages whose invisible time is over could not be moved")
                 }

@@ -293,8 +293,24 @@ impl Engine {
     fn apply(&mut self, change: &Change) -> Result<()> {
         self.pop.apply(change);
         self.meta.apply(change);
-        if let Change::DeleteTopic(topic) = change {
-            self.index.delete(topic)?;
+        match change {
+            Change::DeleteTopic(topic) => {
+                self.index.delete(topic)?;
+                self.delete_retries(|retry| retry.strip_suffix(topic.as_str())?.strip_suffix('+'))
+            }
+            Change::DeleteGroup(group) => {
+                self.delete_retries(|retry| retry.strip_prefix(group.as_str())?.strip_prefix('+'))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Retries go with their topic or group: a later one of the same name must not get them.
+    fn delete_retries(&mut self, gone: impl Fn(&str) -> Option<&str>) -> Result<()> {
+        for topic in self.index.topics() {
+            if topic.as_str().strip_prefix(RETRY_PREFIX).and_then(&gone).is_some() {
+                self.index.delete(&topic)?;
+            }
         }
         Ok(())
     }

@@ -13,6 +13,8 @@
 pub mod change;
 pub mod checkpoint;
 pub mod engine;
+#[cfg(test)]
+mod engine_test;
 pub mod error;
 pub mod fs;
 pub mod kv;

@@ -67,6 +67,8 @@ pub trait QueueIndex: Send {
     fn bounds(&self, topic: &Topic, queue: u32) -> Bounds;
     /// Queue ids of a topic that have ever had a message.
     fn queues(&self, topic: &Topic) -> Vec<u32>;
+    /// Every topic that has ever had a message.
+    fn topics(&self) -> Vec<Topic>;
     fn append(&mut self, topic: &Topic, queue: u32, offset: u64, entry: Entry);
     /// Up to `max` entries from an offset on.
     fn read(&self, topic: &Topic, queue: u32, from: u64, max: usize) -> Result<Vec<Entry>>;
@@ -234,6 +236,10 @@ impl QueueIndex for FileQueues {
 
     fn queues(&self, topic: &Topic) -> Vec<u32> {
         self.topics.get(topic).map_or_else(Vec::new, |q| q.keys().copied().collect())
+    }
+
+    fn topics(&self) -> Vec<Topic> {
+        self.topics.keys().cloned().collect()
     }
 
     fn append(&mut self, topic: &Topic, id: u32, offset: u64, entry: Entry) {

@@ -159,6 +159,7 @@ impl Log {
         }
         drop(segments);
         self.shared.end.store(end, std::sync::atomic::Ordering::Release);
+        self.shared.opened_at.store(end, std::sync::atomic::Ordering::Release);
         let unflushed = (self.flushed() / segment_bytes) * segment_bytes;
         self.shared
             .dirty

@@ -1,0 +1,246 @@
+//! Named cases of the engine that the model test does not spell out.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use model::message::{self, put_property};
+use model::{Group, GroupConfig, TagFilter, Timestamp, Topic, TopicConfig};
+
+use crate::change::Change;
+use crate::engine::{self, PopRequest};
+use crate::fs::{Fault, Fs, MemFs};
+use crate::kv::MemKv;
+use crate::log::{LogOptions, segment_path};
+use crate::pop::Standing;
+use crate::{Engine, FlushMode, NewMessage, Options, Popped, RecoveryReport, StoreError};
+
+const NOW: Timestamp = Timestamp(1_000_000);
+
+struct Disk {
+    fs: MemFs,
+    kv: MemKv,
+}
+
+impl Disk {
+    fn new() -> Self {
+        Self { fs: MemFs::new(), kv: MemKv::default() }
+    }
+
+    fn open(&self, flush: FlushMode) -> (Engine, RecoveryReport) {
+        let options = Options {
+            dir: "/data".into(),
+            flush,
+            log: LogOptions { segment_bytes: 64 << 10, chunk_bytes: 8 << 10, reserve_bytes: 8 << 10 },
+            queue_file_entries: 16,
+            host: ([127, 0, 0, 1], 1).into(),
+            new_key: [1; 16],
+        };
+        let fs: Arc<dyn Fs> = Arc::new(self.fs.clone());
+        let lock = engine::claim(&*fs, &options).unwrap();
+        let (mut engine, report) = Engine::open(options, fs, Arc::new(self.kv.clone()), lock, NOW).unwrap();
+        engine.put_meta(Change::PutTopic(TopicConfig { queues: 1, ..TopicConfig::normal(topic()) }));
+        engine.put_meta(Change::PutGroup(GroupConfig::concurrent(group())));
+        engine.commit(NOW).unwrap().changes.unwrap();
+        (engine, report)
+    }
+}
+
+fn topic() -> Topic {
+    Topic::stored("t")
+}
+
+fn group() -> Group {
+    Group::stored("g")
+}
+
+fn send(engine: &mut Engine, body: &str, tag: &str) -> Result<u64, StoreError> {
+    let mut properties = Vec::new();
+    put_property(&mut properties, message::TAGS, tag);
+    let message = NewMessage {
+        queue: 0,
+        body: Bytes::from(body.to_owned()),
+        properties: properties.into(),
+        sys_flag: 0,
+        born_timestamp_ms: NOW.0,
+        born_host: ([127, 0, 0, 1], 2).into(),
+    };
+    let stored = engine.append(&topic(), &[message], NOW)?;
+    engine.commit(NOW)?;
+    Ok(stored[0].log_offset)
+}
+
+fn pop(engine: &mut Engine, filter: &str, now: Timestamp) -> Vec<(String, Popped)> {
+    let filter = TagFilter::parse(filter).unwrap();
+    let (group, topic) = (group(), topic());
+    let request = PopRequest {
+        group: &group,
+        topic: &topic,
+        filter: &filter,
+        max: 32,
+        invisible_ms: 1000,
+        renewed_for: None,
+    };
+    let popped = engine.pop(&request, now).unwrap();
+    engine.commit(now).unwrap();
+    let body = |p: &Popped| engine.reader().read(p.log_offset, p.size).map(|r| r.body).unwrap_or_default();
+    popped.into_iter().map(|p| (String::from_utf8_lossy(&body(&p)).into_owned(), p)).collect()
+}
+
+fn bodies(popped: &[(String, Popped)]) -> Vec<&str> {
+    popped.iter().map(|(body, _)| body.as_str()).collect()
+}
+
+#[test]
+fn damage_below_the_flushed_offset_is_skipped_and_reported() {
+    let disk = Disk::new();
+    let (mut engine, _) = disk.open(FlushMode::Async);
+    send(&mut engine, "one", "a").unwrap();
+    let damaged = send(&mut engine, "two", "a").unwrap();
+    send(&mut engine, "three", "a").unwrap();
+    engine.syncer().sync().unwrap();
+    drop(engine);
+    disk.fs.kill();
+    disk.fs.damage(&segment_path(Path::new("/data/commitlog"), 0), damaged + 90);
+    let (mut engine, report) = disk.open(FlushMode::Async);
+    assert_eq!((report.damaged, report.torn), (vec![damaged], false));
+    assert_eq!(bodies(&pop(&mut engine, "*", NOW)), ["one", "three"]);
+    assert_eq!(engine.bounds(&topic(), 0).max, 3, "its place stays");
+}
+
+#[test]
+fn damage_above_the_flushed_offset_is_a_torn_tail() {
+    let disk = Disk::new();
+    let (mut engine, _) = disk.open(FlushMode::Async);
+    send(&mut engine, "one", "a").unwrap();
+    engine.syncer().sync().unwrap();
+    let torn = send(&mut engine, "two", "a").unwrap();
+    drop(engine);
+    disk.fs.kill();
+    disk.fs.damage(&segment_path(Path::new("/data/commitlog"), 0), torn + 90);
+    let (mut engine, report) = disk.open(FlushMode::Async);
+    assert_eq!((report.damaged, report.torn, report.end), (vec![], true, torn));
+    assert_eq!(send(&mut engine, "again", "a").unwrap(), torn);
+    assert_eq!(bodies(&pop(&mut engine, "*", NOW)), ["one", "again"]);
+}
+
+#[test]
+fn a_full_disk_refuses_sends_while_acknowledgements_go_on_and_mends_by_itself() {
+    let disk = Disk::new();
+    let (mut engine, _) = disk.open(FlushMode::Async);
+    let body = "x".repeat(500);
+    send(&mut engine, &body, "a").unwrap();
+    disk.fs.set_room(Some(0));
+    let mut stored = 1;
+    let error = loop {
+        match send(&mut engine, &body, "a") {
+            Ok(_) => stored += 1,
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(error, StoreError::DiskFull { .. }), "{error}");
+    let popped = pop(&mut engine, "*", NOW);
+    assert_eq!(popped.len(), stored);
+    for (_, p) in popped {
+        assert_eq!(engine.acknowledge(&p.receipt, NOW).unwrap(), Standing::Live);
+        engine.commit(NOW).unwrap().changes.expect("the reserve takes it");
+    }
+    disk.fs.set_room(None);
+    send(&mut engine, &body, "a").expect("space again: sends go on by themselves");
+    assert_eq!(pop(&mut engine, "*", NOW).len(), 1);
+}
+
+#[test]
+fn a_failed_sync_poisons_the_store_for_good() {
+    let disk = Disk::new();
+    let (mut engine, _) = disk.open(FlushMode::Sync);
+    disk.fs.inject(Fault::Sync { after: 0 });
+    send(&mut engine, "one", "a").unwrap();
+    assert!(matches!(engine.syncer().sync(), Err(StoreError::Poisoned { operation: "sync", .. })));
+    disk.fs.heal();
+    assert!(
+        matches!(engine.syncer().sync(), Err(StoreError::Poisoned { .. })),
+        "never retried on the same descriptor"
+    );
+    assert!(matches!(send(&mut engine, "two", "a"), Err(StoreError::Poisoned { .. })));
+}
+
+#[test]
+fn sync_flush_shows_nothing_that_a_power_loss_could_take() {
+    let disk = Disk::new();
+    let (mut engine, _) = disk.open(FlushMode::Sync);
+    send(&mut engine, "one", "a").unwrap();
+    assert_eq!(pop(&mut engine, "*", NOW).len(), 0);
+    engine.syncer().sync().unwrap();
+    assert_eq!(pop(&mut engine, "*", NOW).len(), 1);
+}
+
+#[test]
+fn filters_pass_over_what_does_not_match() {
+    let disk = Disk::new();
+    let (mut engine, _) = disk.open(FlushMode::Async);
+    for i in 0..600 {
+        send(&mut engine, &i.to_string(), if i == 599 { "b" } else { "a" }).unwrap();
+    }
+    assert_eq!(bodies(&pop(&mut engine, "b", NOW)), ["599"]);
+    let lag = engine.lag(&group());
+    assert_eq!((lag[0].2.next, lag[0].2.in_flight), (600, 1));
+}
+
+#[test]
+fn a_deleted_topic_takes_its_retries_along() {
+    let disk = Disk::new();
+    let (mut engine, _) = disk.open(FlushMode::Async);
+    send(&mut engine, "old", "a").unwrap();
+    pop(&mut engine, "*", NOW);
+    let later = NOW.plus_ms(2000);
+    engine.expire(later).unwrap();
+    engine.commit(later).unwrap();
+    assert_eq!(engine.bounds(&Topic::retry(&group(), &topic()), 0).max, 1);
+    engine.put_meta(Change::DeleteTopic(topic()));
+    engine.commit(later).unwrap().changes.unwrap();
+    engine.put_meta(Change::PutTopic(TopicConfig { queues: 1, ..TopicConfig::normal(topic()) }));
+    engine.commit(later).unwrap().changes.unwrap();
+    assert_eq!(pop(&mut engine, "*", later).len(), 0);
+    send(&mut engine, "new", "a").unwrap();
+    let popped = pop(&mut engine, "*", later);
+    assert_eq!((bodies(&popped), popped[0].1.receipt.offset), (vec!["new"], 0));
+
+    // The same after a restart that replays it all.
+    drop(engine);
+    disk.fs.kill();
+    let (engine, _) = disk.open(FlushMode::Async);
+    assert_eq!(engine.bounds(&topic(), 0).max, 1);
+    assert_eq!(engine.bounds(&Topic::retry(&group(), &topic()), 0).max, 0);
+}
+
+#[test]
+fn a_clean_stop_leaves_nothing_to_replay() {
+    let disk = Disk::new();
+    let (mut engine, _) = disk.open(FlushMode::Async);
+    send(&mut engine, "one", "a").unwrap();
+    engine.close(NOW).unwrap();
+    let (mut engine, report) = disk.open(FlushMode::Async);
+    assert_eq!((report.clean, report.replayed, report.torn), (true, 0, false));
+    assert_eq!(bodies(&pop(&mut engine, "*", NOW)), ["one"]);
+    drop(engine);
+    disk.fs.kill();
+    assert!(!disk.open(FlushMode::Async).1.clean, "the mark of a clean stop counts once");
+}
+
+#[test]
+fn a_missing_log_file_is_refused_not_skipped() {
+    let disk = Disk::new();
+    let (mut engine, _) = disk.open(FlushMode::Async);
+    let body = "x".repeat(5000);
+    for _ in 0..40 {
+        send(&mut engine, &body, "a").unwrap();
+    }
+    drop(engine);
+    disk.fs.kill();
+    disk.fs.remove_file(&segment_path(Path::new("/data/commitlog"), 64 << 10)).unwrap();
+    let fs: Arc<dyn Fs> = Arc::new(disk.fs.clone());
+    let options = LogOptions { segment_bytes: 64 << 10, chunk_bytes: 8 << 10, reserve_bytes: 8 << 10 };
+    let opened = crate::log::Log::open(fs, Path::new("/data/commitlog"), options);
+    assert!(matches!(opened.map(drop), Err(StoreError::Damaged { .. })));
+}
