@@ -268,6 +268,11 @@ impl Broker {
         Ok(ReadReply { messages, min_offset: bounds.min, max_offset: bounds.max })
     }
 
+    /// Grows with every change of topics and groups.
+    pub async fn metadata_version(&self) -> Reply<u64> {
+        self.look(|engine| engine.meta().version()).await
+    }
+
     pub async fn metadata(&self, _request: MetadataRequest) -> Reply<MetadataReply> {
         let broker = self.0.name.clone();
         self.look(move |engine| {

@@ -55,13 +55,13 @@ pub async fn register(
     name_servers: &impl NameServers,
     known: Option<u64>,
 ) -> Result<Option<u64>, apis::status::Error> {
-    let metadata = broker.metadata(MetadataRequest {}).await?;
-    let version = metadata.version;
+    let version = broker.metadata_version().await?;
     let unchanged = known == Some(version);
     let metadata = match unchanged {
-        true => MetadataReply { version, broker: metadata.broker, ..MetadataReply::default() },
-        false => metadata,
+        true => MetadataReply { version, broker: broker.name().to_owned(), ..MetadataReply::default() },
+        false => broker.metadata(MetadataRequest {}).await?,
     };
+    let version = metadata.version;
     let request = RegisterRequest {
         cluster: identity.cluster.clone(),
         broker: broker.name().to_owned(),

@@ -59,15 +59,10 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-/// SplitMix64: seeded, so that a failing case can be run again.
-fn coin(mut seed: u64) -> impl FnMut() -> bool {
-    move || {
-        seed = seed.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = seed;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        (z ^ (z >> 31)) & 1 == 0
-    }
+/// Seeded, so that a failing case can be run again.
+fn coin(seed: u64) -> impl FnMut() -> bool {
+    let mut random = fastrand::Rng::with_seed(seed);
+    move || random.bool()
 }
 
 #[derive(Clone, Debug)]

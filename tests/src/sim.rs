@@ -31,26 +31,17 @@ use tokio_stream::StreamExt;
 
 use crate::client::{by, message, receive};
 
-/// SplitMix64.
+/// The world's one source of chance.
 #[derive(Clone)]
-pub struct Random(Arc<Mutex<u64>>);
+struct Random(Arc<Mutex<fastrand::Rng>>);
 
 impl Random {
-    pub fn new(seed: u64) -> Self {
-        Self(Arc::new(Mutex::new(seed)))
+    fn new(seed: u64) -> Self {
+        Self(Arc::new(Mutex::new(fastrand::Rng::with_seed(seed))))
     }
 
-    pub fn next(&self) -> u64 {
-        let mut state = self.0.lock();
-        *state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = *state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    pub fn below(&self, n: u64) -> u64 {
-        self.next() % n
+    fn below(&self, n: u64) -> u64 {
+        self.0.lock().u64(..n)
     }
 
     fn one_in(&self, n: u64) -> bool {

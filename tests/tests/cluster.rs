@@ -177,3 +177,40 @@ fn same_seed_same_trace() {
     assert_ne!(first, sim::run(4712));
     assert!(first.iter().any(|line| line.contains("PROXY_TIMEOUT")), "the network loses something");
 }
+
+/// A broker that missed a topic, or is new, is told of it by any proxy.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broker_that_lacks_a_topic_is_told_of_it() {
+    use apis::brokers::NameServers;
+    let names = namesrv::LocalNameServer::new(SystemClock);
+    let (old, new) =
+        (broker(A, SystemClock, FlushMode::Async), broker("broker-b", SystemClock, FlushMode::Async));
+    let (old, new) = (old.unwrap(), new.unwrap());
+    let brokers = LocalBrokers::new([old.broker().clone(), new.broker().clone()]);
+    let put = PutMetadataRequest {
+        topics: vec![TopicConfig { name: "t".into(), queues: 3, types: vec![1], version: 4 }],
+        groups: vec![GroupConfig { name: "g".into(), fifo: false, max_attempts: 2, version: 1 }],
+        ..Default::default()
+    };
+    brokers.put_metadata(A, &context(), put.clone()).await.unwrap();
+    for node in [&old, &new] {
+        broker::register::register(node.broker(), &node.identity("x:1".into()), &names, None).await.unwrap();
+    }
+    let routes = Arc::new(proxy::routes::Routes::new(brokers.clone(), names.clone(), Arc::new(|_| {})));
+    let stop = tokio_util::sync::CancellationToken::new();
+    let (running, stopped) = (routes.clone(), stop.clone());
+    let task = tokio::spawn(async move { running.run(stopped).await });
+    let told = async {
+        while brokers.metadata("broker-b", &context(), MetadataRequest {}).await.unwrap().topics.is_empty() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), told).await.expect("it is told");
+    let metadata = brokers.metadata("broker-b", &context(), MetadataRequest {}).await.unwrap();
+    assert_eq!((metadata.topics, metadata.groups), (put.topics, put.groups));
+    // Once it has registered what it was told, both brokers are on the route.
+    broker::register::register(new.broker(), &new.identity("x:1".into()), &names, None).await.unwrap();
+    assert_eq!(names.route(RouteRequest { topic: "t".into() }).await.unwrap().brokers.len(), 2);
+    stop.cancel();
+    task.await.unwrap();
+}

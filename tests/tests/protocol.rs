@@ -731,3 +731,50 @@ async fn unknown_rpcs_and_frames_that_are_too_large_leave_the_server_unharmed() 
     assert_eq!(unknown.code(), tonic::Code::Unimplemented, "rpc.unknown");
     feed(&mut connect(_served.port).await, 1).await;
 }
+
+#[tokio::test]
+async fn a_lease_that_is_renewed_ends_when_its_client_says_good_bye() {
+    let (_served, mut client) = served().await;
+    telemetry(&mut client, "push", settings(Some(ClientType::PushConsumer), subscription("pg", "p-n")))
+        .await
+        .unwrap();
+    feed(&mut client, 1).await;
+    let mut request = receive("p-n", "pg");
+    request.auto_renew = true;
+    request.invisible_duration = None;
+    let got = drain(&mut client, by("push", request)).await;
+    assert_eq!((got.code(), got.messages.len()), (Code::Ok, 1), "with auto_renew the duration is not needed");
+    let bye = NotifyClientTerminationRequest { group: name("pg") };
+    client.notify_client_termination(by("push", bye)).await.unwrap();
+    let got = drain(&mut client, by("other", receive("p-n", "pg"))).await;
+    assert_eq!(got.messages[0].system_properties.clone().unwrap().delivery_attempt, Some(2));
+}
+
+#[tokio::test]
+async fn health_and_reflection() {
+    use tonic_reflection::pb::v1::ServerReflectionRequest;
+    use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+    use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+    use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
+
+    let served = Served::start(true).await;
+    let uri = format!("http://127.0.0.1:{}", served.port);
+    let channel = tonic::transport::Endpoint::from_shared(uri).unwrap().connect().await.unwrap();
+    let mut health = tonic_health::pb::health_client::HealthClient::new(channel.clone());
+    for service in ["", "apache.rocketmq.v2.MessagingService"] {
+        let request = tonic_health::pb::HealthCheckRequest { service: service.into() };
+        let reply = health.check(request).await.unwrap().into_inner();
+        assert_eq!(reply.status(), tonic_health::pb::health_check_response::ServingStatus::Serving);
+    }
+    let list = MessageRequest::ListServices(String::new());
+    let request = ServerReflectionRequest { host: String::new(), message_request: Some(list) };
+    let mut reflection = ServerReflectionClient::new(channel);
+    let mut answers =
+        reflection.server_reflection_info(tokio_stream::once(request)).await.unwrap().into_inner();
+    let Some(MessageResponse::ListServicesResponse(services)) =
+        answers.message().await.unwrap().unwrap().message_response
+    else {
+        panic!("no list of services")
+    };
+    assert!(services.service.iter().any(|s| s.name == "apache.rocketmq.v2.MessagingService"));
+}

@@ -76,25 +76,10 @@ fn with_nearest(problem: &str) -> String {
     else {
         return problem.into();
     };
-    match quoted(expected).into_iter().min_by_key(|known| distance(&wrong, known)) {
+    match quoted(expected).into_iter().min_by_key(|known| strsim::levenshtein(&wrong, known)) {
         Some(nearest) => format!("unknown key `{wrong}`; did you mean `{nearest}`?"),
         None => format!("unknown key `{wrong}`; there are no keys here"),
     }
-}
-
-/// Levenshtein.
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
-        for (j, y) in b.iter().enumerate() {
-            let cost = diagonal + usize::from(x != *y);
-            let best = cost.min(row[j] + 1).min(row[j + 1] + 1);
-            diagonal = std::mem::replace(&mut row[j + 1], best);
-        }
-    }
-    row[b.len()]
 }
 
 #[cfg(test)]
