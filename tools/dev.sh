@@ -3,5 +3,5 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 "$here/tools/setup.sh"
-(cd "$here" && cargo build --locked --package ferrymq)
+(cd "$here" && cargo build --locked --workspace --bin ferry)
 exec "$here/target/debug/ferry" dev "$@"

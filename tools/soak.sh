@@ -4,6 +4,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 tools/setup.sh
 cargo build --locked --workspace --all-targets
-FERRY_KILLS=100 cargo test --locked -p tests --test processes -- crash --nocapture
-PROPTEST_CASES=100000 cargo test --locked -p store --lib -- model_test
-FERRY_SIM_SEEDS=2000 cargo test --locked -p tests --test cluster -- simulated
+FERRY_KILLS=100 cargo test --locked --workspace --test processes -- crash --nocapture
+PROPTEST_CASES=100000 cargo test --locked --workspace --lib -- model_test
+FERRY_SIM_SEEDS=2000 cargo test --locked --workspace --test cluster -- simulated

@@ -8,8 +8,9 @@ for tool in python3 node npm java javac mvn go; do
 done
 tools/clients.sh
 export RUST_BACKTRACE=${RUST_BACKTRACE:-0}
+# Always the whole workspace: another selection of packages has other features, and builds the dependencies again.
 cargo build --locked --workspace --all-targets
+cargo test --locked --workspace --lib --bins
+cargo test --locked --workspace --test cluster --test processes --test protocol
 # The client suites mostly wait, so that more of them than cores run side by side.
-cargo test --locked --workspace --exclude tests
-cargo test --locked --package tests --test cluster --test processes --test protocol
-cargo test --locked --package tests --test clients -- --test-threads=6
+cargo test --locked --workspace --test clients -- --test-threads=6

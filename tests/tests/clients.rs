@@ -85,8 +85,8 @@ impl Suite {
 
     fn steady(&self, home: &Path, port: u16, disturb: impl FnOnce()) {
         let mut command = self.command(home, port, "steady");
-        let mut child =
-            command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("the client runs");
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut child = command.spawn().expect("the client runs");
         let lines = Lines::of(&mut child);
         lines.wait_for("READY", Duration::from_secs(60));
         disturb();
