@@ -290,9 +290,7 @@ impl Broker {
     pub async fn put_metadata(&self, request: PutMetadataRequest) -> Reply<PutMetadataReply> {
         let topics = request.topics.iter().map(|c| Change::PutTopic(wire::topic_from_wire(c)));
         let groups = request.groups.iter().map(|c| Change::PutGroup(wire::group_from_wire(c)));
-        let no_topics = request.deleted_topics.iter().map(|t| Change::DeleteTopic(Topic::stored(t)));
-        let no_groups = request.deleted_groups.iter().map(|g| Change::DeleteGroup(Group::stored(g)));
-        let changes: Vec<Change> = topics.chain(groups).chain(no_topics).chain(no_groups).collect();
+        let changes: Vec<Change> = topics.chain(groups).collect();
         let version = self.ask(|answer| Command::PutMeta { changes, answer }).await?;
         Ok(PutMetadataReply { version })
     }

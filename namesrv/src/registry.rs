@@ -55,7 +55,7 @@ impl Registry {
 
     pub fn route(&self, topic: &str) -> Vec<BrokerRoute> {
         let route = |r: &RegisterRequest, m: &MetadataReply| {
-            let topic = m.topics.iter().find(|t| t.name == topic)?.clone();
+            let topic = m.topics.iter().find(|t| t.name == topic && !t.deleted)?.clone();
             Some(BrokerRoute {
                 cluster: r.cluster.clone(),
                 broker: r.broker.clone(),

@@ -13,7 +13,7 @@ use apis::convert::metadata as wire;
 use apis::internal::{GroupLagRequest as BrokerLagRequest, PutMetadataRequest, ReadRequest};
 use apis::status::Error;
 use apis::v2::Code;
-use model::{Group, Topic, limits};
+use model::{Group, GroupConfig, Topic, TopicConfig, limits};
 use tokio::sync::mpsc;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -62,7 +62,7 @@ impl<B: Brokers, N: NameServers> Admin<B, N> {
 impl<B: Brokers, N: NameServers> FerryAdmin for Admin<B, N> {
     async fn list_topics(&self, _: Request<ListTopicsRequest>) -> Result<Response<ListTopicsReply>, Status> {
         let view = self.0.routes.refresh().await?;
-        let topics = view.topics().into_values().map(wire::topic_to_wire).collect();
+        let topics = view.topics().into_values().filter(|t| !t.deleted).map(wire::topic_to_wire).collect();
         Ok(Response::new(ListTopicsReply { topics }))
     }
 
@@ -109,7 +109,8 @@ impl<B: Brokers, N: NameServers> FerryAdmin for Admin<B, N> {
             let what = "a topic's queues cannot be taken away: their messages would be out of reach";
             return Err(Error::new(Code::BadRequest, what).into());
         }
-        config.version = known.map_or(0, |k| k.version) + 1;
+        config.version = view.topic_record(&topic).map_or(0, |k| k.version) + 1;
+        config.deleted = false;
         self.put(PutMetadataRequest { topics: vec![config], ..Default::default() }).await?;
         Ok(Response::new(PutTopicReply {}))
     }
@@ -120,15 +121,16 @@ impl<B: Brokers, N: NameServers> FerryAdmin for Admin<B, N> {
     ) -> Result<Response<DeleteTopicReply>, Status> {
         let topic = topic(&r.into_inner().topic)?;
         let view = self.0.routes.refresh().await?;
-        view.topic(&topic).ok_or_else(|| Error::topic_not_found(&topic))?;
-        self.put(PutMetadataRequest { deleted_topics: vec![topic.as_str().into()], ..Default::default() })
+        let known = view.topic(&topic).ok_or_else(|| Error::topic_not_found(&topic))?;
+        let gone = TopicConfig { version: known.version + 1, deleted: true, ..known.clone() };
+        self.put(PutMetadataRequest { topics: vec![wire::topic_to_wire(&gone)], ..Default::default() })
             .await?;
         Ok(Response::new(DeleteTopicReply {}))
     }
 
     async fn list_groups(&self, _: Request<ListGroupsRequest>) -> Result<Response<ListGroupsReply>, Status> {
         let view = self.0.routes.refresh().await?;
-        let groups = view.groups().into_values().map(wire::group_to_wire).collect();
+        let groups = view.groups().into_values().filter(|g| !g.deleted).map(wire::group_to_wire).collect();
         Ok(Response::new(ListGroupsReply { groups }))
     }
 
@@ -149,7 +151,8 @@ impl<B: Brokers, N: NameServers> FerryAdmin for Admin<B, N> {
         if create_only && known.is_some() {
             return Err(exists("consumer group", group.as_str()).into());
         }
-        config.version = known.map_or(0, |k| k.version) + 1;
+        config.version = view.group_record(&group).map_or(0, |k| k.version) + 1;
+        config.deleted = false;
         self.put(PutMetadataRequest { groups: vec![config], ..Default::default() }).await?;
         Ok(Response::new(PutGroupReply {}))
     }
@@ -160,8 +163,9 @@ impl<B: Brokers, N: NameServers> FerryAdmin for Admin<B, N> {
     ) -> Result<Response<DeleteGroupReply>, Status> {
         let group = group(&r.into_inner().group)?;
         let view = self.0.routes.refresh().await?;
-        view.group(&group).ok_or_else(|| Error::group_not_found(&group))?;
-        self.put(PutMetadataRequest { deleted_groups: vec![group.as_str().into()], ..Default::default() })
+        let known = view.group(&group).ok_or_else(|| Error::group_not_found(&group))?;
+        let gone = GroupConfig { version: known.version + 1, deleted: true, ..known.clone() };
+        self.put(PutMetadataRequest { groups: vec![wire::group_to_wire(&gone)], ..Default::default() })
             .await?;
         Ok(Response::new(DeleteGroupReply {}))
     }

@@ -13,9 +13,12 @@ use apis::status::Error;
 use arc_swap::ArcSwap;
 use model::{Group, GroupConfig, Topic, TopicConfig};
 use tokio::sync::Mutex;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 const REFRESH: Duration = Duration::from_secs(1);
+/// By then every broker has registered what was written to it.
+const HEARD_OF: Duration = Duration::from_secs(5);
 
 #[derive(Clone, Debug)]
 pub struct BrokerView {
@@ -52,18 +55,28 @@ impl View {
 
     /// The brokers that have a topic.
     pub fn route(&self, topic: &Topic) -> Vec<(&BrokerView, &TopicConfig)> {
-        self.brokers.values().filter_map(|b| Some((b, b.topics.get(topic)?))).collect()
+        let brokers = self.brokers.values();
+        brokers.filter_map(|b| Some((b, b.topics.get(topic).filter(|t| !t.deleted)?))).collect()
     }
 
-    /// The newest record of a topic.
-    pub fn topic(&self, topic: &Topic) -> Option<&TopicConfig> {
+    /// The newest record of a topic, also of one that is no more.
+    pub fn topic_record(&self, topic: &Topic) -> Option<&TopicConfig> {
         self.brokers.values().filter_map(|b| b.topics.get(topic)).max_by_key(|t| t.version)
     }
 
-    pub fn group(&self, group: &Group) -> Option<&GroupConfig> {
+    pub fn topic(&self, topic: &Topic) -> Option<&TopicConfig> {
+        self.topic_record(topic).filter(|t| !t.deleted)
+    }
+
+    pub fn group_record(&self, group: &Group) -> Option<&GroupConfig> {
         self.brokers.values().filter_map(|b| b.groups.get(group)).max_by_key(|g| g.version)
     }
 
+    pub fn group(&self, group: &Group) -> Option<&GroupConfig> {
+        self.group_record(group).filter(|g| !g.deleted)
+    }
+
+    /// The newest records, those of deleted topics too.
     pub fn topics(&self) -> BTreeMap<&Topic, &TopicConfig> {
         let all = self.brokers.values().flat_map(|b| b.topics.values());
         let mut newest: BTreeMap<&Topic, &TopicConfig> = BTreeMap::new();
@@ -76,6 +89,7 @@ impl View {
         newest
     }
 
+    /// The newest records, those of deleted groups too.
     pub fn groups(&self) -> BTreeMap<&Group, &GroupConfig> {
         let all = self.brokers.values().flat_map(|b| b.groups.values());
         let mut newest: BTreeMap<&Group, &GroupConfig> = BTreeMap::new();
@@ -86,6 +100,22 @@ impl View {
             }
         }
         newest
+    }
+
+    /// Puts newer records over what is known of every broker.
+    fn overlay(&mut self, request: &PutMetadataRequest) {
+        for broker in self.brokers.values_mut() {
+            for t in request.topics.iter().map(wire::topic_from_wire) {
+                if broker.topics.get(&t.topic).is_none_or(|known| known.version < t.version) {
+                    broker.topics.insert(t.topic.clone(), t);
+                }
+            }
+            for g in request.groups.iter().map(wire::group_from_wire) {
+                if broker.groups.get(&g.group).is_none_or(|known| known.version < g.version) {
+                    broker.groups.insert(g.group.clone(), g);
+                }
+            }
+        }
     }
 
     /// What a broker lacks of the cluster's topics and groups. Dead-letter topics are each broker's own.
@@ -100,7 +130,6 @@ impl View {
         let request = PutMetadataRequest {
             topics: topics.map(wire::topic_to_wire).collect(),
             groups: groups.map(wire::group_to_wire).collect(),
-            ..PutMetadataRequest::default()
         };
         (!request.topics.is_empty() || !request.groups.is_empty()).then_some(request)
     }
@@ -115,6 +144,8 @@ pub struct Routes<B, N> {
     view: ArcSwap<View>,
     /// Names of all brokers that were ever seen: one that is away is not one that does not exist.
     seen: parking_lot::Mutex<BTreeSet<String>>,
+    /// Records written through here that the name servers may not have heard of yet.
+    recent: parking_lot::Mutex<Vec<(Instant, PutMetadataRequest)>>,
     /// One question at a time.
     asking: Mutex<()>,
     on_view: OnView,
@@ -127,6 +158,7 @@ impl<B: Brokers, N: NameServers> Routes<B, N> {
             name_servers,
             view: ArcSwap::default(),
             seen: Default::default(),
+            recent: Default::default(),
             asking: Mutex::default(),
             on_view,
         }
@@ -146,7 +178,12 @@ impl<B: Brokers, N: NameServers> Routes<B, N> {
         let known = self.view.load().version;
         let reply = self.name_servers.cluster(ClusterRequest { known_version: known }).await?;
         if reply.version != known {
-            self.set(View::of(reply.version, &reply.brokers));
+            let mut view = View::of(reply.version, &reply.brokers);
+            let mut recent = self.recent.lock();
+            recent.retain(|(written, _)| written.elapsed() < HEARD_OF);
+            recent.iter().for_each(|(_, request)| view.overlay(request));
+            drop(recent);
+            self.set(view);
         }
         Ok(self.view())
     }
@@ -166,8 +203,8 @@ impl<B: Brokers, N: NameServers> Routes<B, N> {
                 Ok(view) => {
                     silent = false;
                     if view.version != mended {
-                        self.mend(&view).await;
-                        mended = view.version;
+                        let done = self.mend(&view).await;
+                        mended = if done { view.version } else { 0 };
                     }
                 }
                 Err(error) if !std::mem::replace(&mut silent, true) => {
@@ -182,7 +219,9 @@ impl<B: Brokers, N: NameServers> Routes<B, N> {
         }
     }
 
-    async fn mend(&self, view: &View) {
+    /// True if every broker has been told what it lacked.
+    async fn mend(&self, view: &View) -> bool {
+        let mut done = true;
         for broker in view.brokers.values() {
             let Some(missing) = view.missing(broker) else { continue };
             tracing::info!(
@@ -194,8 +233,10 @@ impl<B: Brokers, N: NameServers> Routes<B, N> {
             let put = self.brokers.put_metadata(&broker.name, &CallContext::internal(), missing).await;
             if let Err(error) = put {
                 tracing::warn!(broker = broker.name, %error, "it could not be told; it is tried again");
+                done = false;
             }
         }
+        done
     }
 
     /// Writes to every broker of the cluster, and to what is known here: it counts at once.
@@ -210,16 +251,8 @@ impl<B: Brokers, N: NameServers> Routes<B, N> {
         }
         let _one = self.asking.lock().await;
         let mut next = View::clone(&self.view());
-        for broker in next.brokers.values_mut() {
-            for t in request.topics.iter().map(wire::topic_from_wire) {
-                broker.topics.insert(t.topic.clone(), t);
-            }
-            for g in request.groups.iter().map(wire::group_from_wire) {
-                broker.groups.insert(g.group.clone(), g);
-            }
-            request.deleted_topics.iter().for_each(|t| drop(broker.topics.remove(&Topic::stored(t))));
-            request.deleted_groups.iter().for_each(|g| drop(broker.groups.remove(&Group::stored(g))));
-        }
+        next.overlay(&request);
+        self.recent.lock().push((Instant::now(), request));
         self.set(next);
         Ok(())
     }

@@ -24,10 +24,9 @@ pub struct CursorKey {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
+    /// A new record, also of a deletion.
     PutTopic(TopicConfig),
-    DeleteTopic(Topic),
     PutGroup(GroupConfig),
-    DeleteGroup(Group),
     /// The secret that receipt handles are authenticated with.
     Key(ReceiptKey),
     /// Offsets were handed out; everything below `next` has been looked at.
@@ -64,9 +63,7 @@ pub enum Change {
 mod tag {
     pub const CURSOR: u8 = 1;
     pub const PUT_TOPIC: u8 = 2;
-    pub const DELETE_TOPIC: u8 = 3;
     pub const PUT_GROUP: u8 = 4;
-    pub const DELETE_GROUP: u8 = 5;
     pub const KEY: u8 = 6;
     pub const POPPED: u8 = 7;
     pub const DONE: u8 = 8;
@@ -128,17 +125,9 @@ impl Writer {
                 out.push(tag::PUT_TOPIC);
                 config.put(out);
             }
-            Change::DeleteTopic(topic) => {
-                out.push(tag::DELETE_TOPIC);
-                codec::put_bytes(out, topic.as_str().as_bytes());
-            }
             Change::PutGroup(config) => {
                 out.push(tag::PUT_GROUP);
                 config.put(out);
-            }
-            Change::DeleteGroup(group) => {
-                out.push(tag::DELETE_GROUP);
-                codec::put_bytes(out, group.as_str().as_bytes());
             }
             Change::Key(key) => {
                 out.push(tag::KEY);
@@ -222,9 +211,7 @@ pub fn decode(body: &[u8]) -> Result<Vec<Change>, ChangeError> {
                 continue;
             }
             tag::PUT_TOPIC => Change::PutTopic(TopicConfig::take(&mut r)?),
-            tag::DELETE_TOPIC => Change::DeleteTopic(Topic::stored(r.str()?)),
             tag::PUT_GROUP => Change::PutGroup(GroupConfig::take(&mut r)?),
-            tag::DELETE_GROUP => Change::DeleteGroup(Group::stored(r.str()?)),
             tag::KEY => Change::Key(ReceiptKey(r.bytes()?.try_into().map_err(|_| r.error())?)),
             tag::POPPED => {
                 let next = r.u64()?;
@@ -269,9 +256,13 @@ mod tests {
         let offsets = prop::collection::vec(any::<u64>(), 0..5);
         prop_oneof![
             ("[a-c]", 1u32..9, any::<u64>()).prop_map(|(t, queues, version)| {
-                Change::PutTopic(TopicConfig { queues, version, ..TopicConfig::normal(Topic::stored(&t)) })
+                Change::PutTopic(TopicConfig {
+                    queues,
+                    version,
+                    deleted: version % 2 == 0,
+                    ..TopicConfig::normal(Topic::stored(&t))
+                })
             }),
-            "[a-c]".prop_map(|t| Change::DeleteTopic(Topic::stored(&t))),
             ("[a-c]", any::<bool>(), any::<u32>()).prop_map(|(g, fifo, max_attempts)| {
                 Change::PutGroup(GroupConfig {
                     fifo,
@@ -279,7 +270,6 @@ mod tests {
                     ..GroupConfig::concurrent(Group::stored(&g))
                 })
             }),
-            "[a-c]".prop_map(|g| Change::DeleteGroup(Group::stored(&g))),
             any::<[u8; 16]>().prop_map(|k| Change::Key(ReceiptKey(k))),
             (cursor.clone(), any::<u64>(), 0i64..1 << 40, 0i64..1 << 30, "[a-z]{0,3}", offsets.clone())
                 .prop_map(|(cursor, next, since, invisible, client, offsets)| Change::Popped {

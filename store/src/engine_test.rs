@@ -197,9 +197,16 @@ fn a_deleted_topic_takes_its_retries_along() {
     engine.expire(later).unwrap();
     engine.commit(later).unwrap();
     assert_eq!(engine.bounds(&Topic::retry(&group(), &topic()), 0).max, 1);
-    engine.put_meta(Change::DeleteTopic(topic()));
+    engine.put_meta(Change::PutTopic(TopicConfig {
+        deleted: true,
+        version: 2,
+        ..TopicConfig::normal(topic())
+    }));
     engine.commit(later).unwrap().changes.unwrap();
-    engine.put_meta(Change::PutTopic(TopicConfig { queues: 1, ..TopicConfig::normal(topic()) }));
+    let stale = TopicConfig { queues: 1, ..TopicConfig::normal(topic()) };
+    engine.put_meta(Change::PutTopic(stale.clone()));
+    assert!(engine.meta().topic(&topic()).is_none(), "an older record does not bring it back");
+    engine.put_meta(Change::PutTopic(TopicConfig { version: 3, ..stale }));
     engine.commit(later).unwrap().changes.unwrap();
     assert_eq!(pop(&mut engine, "*", later).len(), 0);
     send(&mut engine, "new", "a").unwrap();

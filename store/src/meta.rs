@@ -40,17 +40,24 @@ impl Meta {
     }
 
     pub fn topic(&self, topic: &Topic) -> Option<&TopicConfig> {
-        self.topics.get(topic)
+        self.topics.get(topic).filter(|t| !t.deleted)
+    }
+
+    /// The version that a new record of the topic must have.
+    pub fn next_topic_version(&self, topic: &Topic) -> u64 {
+        self.topics.get(topic).map_or(0, |t| t.version) + 1
     }
 
     pub fn group(&self, group: &Group) -> Option<&GroupConfig> {
-        self.groups.get(group)
+        self.groups.get(group).filter(|g| !g.deleted)
     }
 
+    /// All records, those of deleted topics too.
     pub fn topics(&self) -> impl Iterator<Item = &TopicConfig> {
         self.topics.values()
     }
 
+    /// All records, those of deleted groups too.
     pub fn groups(&self) -> impl Iterator<Item = &GroupConfig> {
         self.groups.values()
     }
@@ -68,8 +75,6 @@ impl Meta {
         match change {
             Change::PutTopic(c) => self.topics.get(&c.topic).is_none_or(|old| old.version < c.version),
             Change::PutGroup(c) => self.groups.get(&c.group).is_none_or(|old| old.version < c.version),
-            Change::DeleteTopic(topic) => self.topics.contains_key(topic),
-            Change::DeleteGroup(group) => self.groups.contains_key(group),
             _ => true,
         }
     }
@@ -80,17 +85,9 @@ impl Meta {
                 self.topics.insert(config.topic.clone(), config.clone());
                 self.dirty_topics.insert(config.topic.clone());
             }
-            Change::DeleteTopic(topic) => {
-                self.topics.remove(topic);
-                self.dirty_topics.insert(topic.clone());
-            }
             Change::PutGroup(config) => {
                 self.groups.insert(config.group.clone(), config.clone());
                 self.dirty_groups.insert(config.group.clone());
-            }
-            Change::DeleteGroup(group) => {
-                self.groups.remove(group);
-                self.dirty_groups.insert(group.clone());
             }
             Change::Key(key) => self.key = Some(*key),
             _ => return,

@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 
 use model::codec::{self, CodecError, Reader};
-use model::{Group, Timestamp, Topic, limits};
+use model::{Group, GroupConfig, Timestamp, Topic, TopicConfig, limits};
 
 use crate::change::{self, Change, CursorKey};
 use crate::error::{Result, StoreError};
@@ -272,10 +272,12 @@ impl Pop {
                 let (_, cursor) = self.cursors.get_mut(&id).expect("touched above");
                 *cursor = Cursor { next: *next, ..Cursor::default() };
             }
-            Change::DeleteTopic(topic) => {
+            Change::PutTopic(TopicConfig { topic, deleted: true, .. }) => {
                 self.drop_cursors(|key| key.topic == *topic || key.topic == Topic::retry(&key.group, topic))
             }
-            Change::DeleteGroup(group) => self.drop_cursors(|key| key.group == *group),
+            Change::PutGroup(GroupConfig { group, deleted: true, .. }) => {
+                self.drop_cursors(|key| key.group == *group)
+            }
             Change::PutTopic(_) | Change::PutGroup(_) | Change::Key(_) => {}
         }
     }
@@ -519,7 +521,10 @@ mod tests {
         assert_eq!(loaded.lag(&key()), pop.lag(&key()));
         assert_eq!(loaded.due, pop.due);
         assert!(loaded.is_settled_ahead(&key(), 9));
-        pop.apply(&Change::DeleteGroup(Group::stored("g")));
+        pop.apply(&Change::PutGroup(GroupConfig {
+            deleted: true,
+            ..GroupConfig::concurrent(Group::stored("g"))
+        }));
         let mut batch = Batch::default();
         pop.checkpoint(&mut batch);
         kv.write(batch, true).unwrap();

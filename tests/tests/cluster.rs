@@ -57,8 +57,14 @@ async fn conformance(brokers: impl Brokers) {
     );
     assert_eq!(brokers.append(A, &c, append("t", "x")).await.map_err(code).unwrap_err(), Code::TopicNotFound);
     let put = PutMetadataRequest {
-        topics: vec![TopicConfig { name: "t".into(), queues: 1, types: vec![1], version: 2 }],
-        groups: vec![GroupConfig { name: "g".into(), fifo: false, max_attempts: 2, version: 1 }],
+        topics: vec![TopicConfig { name: "t".into(), queues: 1, types: vec![1], version: 2, deleted: false }],
+        groups: vec![GroupConfig {
+            name: "g".into(),
+            fifo: false,
+            max_attempts: 2,
+            version: 1,
+            deleted: false,
+        }],
         ..Default::default()
     };
     brokers.put_metadata(A, &c, put.clone()).await.unwrap();
@@ -188,8 +194,14 @@ async fn a_broker_that_lacks_a_topic_is_told_of_it() {
     let (old, new) = (old.unwrap(), new.unwrap());
     let brokers = LocalBrokers::new([old.broker().clone(), new.broker().clone()]);
     let put = PutMetadataRequest {
-        topics: vec![TopicConfig { name: "t".into(), queues: 3, types: vec![1], version: 4 }],
-        groups: vec![GroupConfig { name: "g".into(), fifo: false, max_attempts: 2, version: 1 }],
+        topics: vec![TopicConfig { name: "t".into(), queues: 3, types: vec![1], version: 4, deleted: false }],
+        groups: vec![GroupConfig {
+            name: "g".into(),
+            fifo: false,
+            max_attempts: 2,
+            version: 1,
+            deleted: false,
+        }],
         ..Default::default()
     };
     brokers.put_metadata(A, &context(), put.clone()).await.unwrap();
@@ -207,10 +219,46 @@ async fn a_broker_that_lacks_a_topic_is_told_of_it() {
     };
     tokio::time::timeout(Duration::from_secs(10), told).await.expect("it is told");
     let metadata = brokers.metadata("broker-b", &context(), MetadataRequest {}).await.unwrap();
-    assert_eq!((metadata.topics, metadata.groups), (put.topics, put.groups));
+    assert_eq!((&metadata.topics, &metadata.groups), (&put.topics, &put.groups));
     // Once it has registered what it was told, both brokers are on the route.
     broker::register::register(new.broker(), &new.identity("x:1".into()), &names, None).await.unwrap();
     assert_eq!(names.route(RouteRequest { topic: "t".into() }).await.unwrap().brokers.len(), 2);
+    // The same with a deletion that it missed: the topic does not come back through it.
+    let gone = TopicConfig { version: 5, deleted: true, ..metadata_topic(&put) };
+    brokers
+        .put_metadata(A, &context(), PutMetadataRequest { topics: vec![gone], ..Default::default() })
+        .await
+        .unwrap();
+    broker::register::register(old.broker(), &old.identity("x:1".into()), &names, None).await.unwrap();
+    let told = async {
+        let deleted = |m: MetadataReply| m.topics.iter().all(|t| t.deleted);
+        while !deleted(brokers.metadata("broker-b", &context(), MetadataRequest {}).await.unwrap()) {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), told).await.expect("it is told");
     stop.cancel();
     task.await.unwrap();
+}
+
+fn metadata_topic(put: &PutMetadataRequest) -> TopicConfig {
+    put.topics[0].clone()
+}
+
+/// A topic that was created a moment ago stays, though a name server that has not heard of it brings other news.
+#[tokio::test]
+async fn a_topic_just_created_is_not_forgotten() {
+    let names = namesrv::LocalNameServer::new(SystemClock);
+    let a = broker(A, SystemClock, FlushMode::Async).unwrap();
+    let b = broker("broker-b", SystemClock, FlushMode::Async).unwrap();
+    let brokers = LocalBrokers::new([a.broker().clone(), b.broker().clone()]);
+    broker::register::register(a.broker(), &a.identity("x:1".into()), &names, None).await.unwrap();
+    let routes = proxy::routes::Routes::new(brokers, names.clone(), Arc::new(|_| {}));
+    routes.refresh().await.unwrap();
+    let topic = TopicConfig { name: "t".into(), queues: 3, types: vec![1], version: 1, deleted: false };
+    routes.put(&context(), PutMetadataRequest { topics: vec![topic], ..Default::default() }).await.unwrap();
+    broker::register::register(b.broker(), &b.identity("x:2".into()), &names, None).await.unwrap();
+    let view = routes.refresh().await.unwrap();
+    assert_eq!(view.brokers.len(), 2, "other news came");
+    assert!(view.topic(&model::Topic::stored("t")).is_some());
 }

@@ -18,8 +18,12 @@ async fn served() -> (Served, Client) {
     let served = Served::start(false).await;
     let mut admin = admin(served.port).await;
     for (name, kind) in [("p-n", 1), ("p-f", 2), ("p-d", 3), ("p-t", 4)] {
-        let topic =
-            apis::internal::TopicConfig { name: name.into(), queues: 2, types: vec![kind], version: 0 };
+        let topic = apis::internal::TopicConfig {
+            name: name.into(),
+            queues: 2,
+            types: vec![kind],
+            ..Default::default()
+        };
         admin.put_topic(PutTopicRequest { topic: Some(topic), create_only: true }).await.expect("created");
     }
     put_group(served.port, "pg").await;
@@ -28,7 +32,12 @@ async fn served() -> (Served, Client) {
 }
 
 async fn put_group(port: u16, name: &str) {
-    let config = apis::internal::GroupConfig { name: name.into(), fifo: false, max_attempts: 17, version: 0 };
+    let config = apis::internal::GroupConfig {
+        name: name.into(),
+        fifo: false,
+        max_attempts: 17,
+        ..Default::default()
+    };
     let request = apis::admin::PutGroupRequest { group: Some(config), create_only: true };
     admin(port).await.put_group(request).await.expect("created");
 }

@@ -10,6 +10,7 @@ pub fn topic_to_wire(config: &TopicConfig) -> internal::TopicConfig {
         queues: config.queues,
         types: config.types.iter().map(|t| *t as i32).collect(),
         version: config.version,
+        deleted: config.deleted,
     }
 }
 
@@ -19,6 +20,7 @@ pub fn topic_from_wire(config: &internal::TopicConfig) -> TopicConfig {
         queues: config.queues.clamp(1, limits::QUEUES_MAX),
         types: config.types.iter().filter_map(|t| MessageType::from_number(*t)).collect(),
         version: config.version,
+        deleted: config.deleted,
     }
 }
 
@@ -28,6 +30,7 @@ pub fn group_to_wire(config: &GroupConfig) -> internal::GroupConfig {
         fifo: config.fifo,
         max_attempts: config.max_attempts,
         version: config.version,
+        deleted: config.deleted,
     }
 }
 
@@ -37,5 +40,6 @@ pub fn group_from_wire(config: &internal::GroupConfig) -> GroupConfig {
         fifo: config.fifo,
         max_attempts: config.max_attempts.max(1),
         version: config.version,
+        deleted: config.deleted,
     }
 }

@@ -53,11 +53,19 @@ pub struct TopicConfig {
     pub types: BTreeSet<MessageType>,
     /// Grows with every change; the larger one wins where two brokers differ.
     pub version: u64,
+    /// The topic is no more. The record stays, so that a broker that was away does not bring it back.
+    pub deleted: bool,
 }
 
 impl TopicConfig {
     pub fn normal(topic: Topic) -> Self {
-        Self { topic, queues: limits::QUEUES_DEFAULT, types: [MessageType::Normal].into(), version: 1 }
+        Self {
+            topic,
+            queues: limits::QUEUES_DEFAULT,
+            types: [MessageType::Normal].into(),
+            version: 1,
+            deleted: false,
+        }
     }
 
     pub fn put(&self, out: &mut Vec<u8>) {
@@ -65,6 +73,7 @@ impl TopicConfig {
         codec::put_u64(out, u64::from(self.queues));
         codec::put_u64(out, self.types.iter().fold(0, |bits, t| bits | 1 << (*t as u8)));
         codec::put_u64(out, self.version);
+        codec::put_u64(out, u64::from(self.deleted));
     }
 
     pub fn take(r: &mut Reader<'_>) -> Result<Self, CodecError> {
@@ -72,7 +81,7 @@ impl TopicConfig {
         let queues = r.u32()?;
         let bits = r.u64()?;
         let types = MessageType::ALL.into_iter().filter(|t| bits & (1 << (*t as u8)) != 0).collect();
-        Ok(Self { topic, queues, types, version: r.u64()? })
+        Ok(Self { topic, queues, types, version: r.u64()?, deleted: r.u64()? != 0 })
     }
 }
 
@@ -83,11 +92,12 @@ pub struct GroupConfig {
     /// Deliveries in all, the first included; after the last the message is a dead letter.
     pub max_attempts: u32,
     pub version: u64,
+    pub deleted: bool,
 }
 
 impl GroupConfig {
     pub fn concurrent(group: Group) -> Self {
-        Self { group, fifo: false, max_attempts: limits::ATTEMPTS_DEFAULT, version: 1 }
+        Self { group, fifo: false, max_attempts: limits::ATTEMPTS_DEFAULT, version: 1, deleted: false }
     }
 
     pub fn put(&self, out: &mut Vec<u8>) {
@@ -95,6 +105,7 @@ impl GroupConfig {
         codec::put_u64(out, u64::from(self.fifo));
         codec::put_u64(out, u64::from(self.max_attempts));
         codec::put_u64(out, self.version);
+        codec::put_u64(out, u64::from(self.deleted));
     }
 
     pub fn take(r: &mut Reader<'_>) -> Result<Self, CodecError> {
@@ -103,6 +114,7 @@ impl GroupConfig {
             fifo: r.u64()? != 0,
             max_attempts: r.u32()?,
             version: r.u64()?,
+            deleted: r.u64()? != 0,
         })
     }
 }

@@ -31,7 +31,8 @@ fn type_name(config: &TopicConfig) -> String {
 pub async fn topic(command: TopicCommand) -> anyhow::Result<()> {
     match command {
         TopicCommand::Create { topic, kind, queues, remote } => {
-            let config = TopicConfig { name: topic.clone(), queues, types: types(kind), version: 0 };
+            let config =
+                TopicConfig { name: topic.clone(), queues, types: types(kind), ..Default::default() };
             let shown = type_name(&config);
             let request = PutTopicRequest { topic: Some(config), create_only: true };
             client::admin(&remote.endpoint).await?.put_topic(request).await.map_err(failed)?;
@@ -80,7 +81,8 @@ fn group_row(g: &GroupConfig) -> Vec<Value> {
 pub async fn group(command: GroupCommand) -> anyhow::Result<()> {
     match command {
         GroupCommand::Create { group, order, max_attempts, remote } => {
-            let config = GroupConfig { name: group, fifo: order == Order::Fifo, max_attempts, version: 0 };
+            let config =
+                GroupConfig { name: group, fifo: order == Order::Fifo, max_attempts, ..Default::default() };
             let request = PutGroupRequest { group: Some(config.clone()), create_only: true };
             client::admin(&remote.endpoint).await?.put_group(request).await.map_err(failed)?;
             output::rows(remote.output, &GROUP_COLUMNS, &[group_row(&config)]);

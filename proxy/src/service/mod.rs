@@ -50,7 +50,8 @@ impl<B: Brokers, N: NameServers> Front<B, N> {
         if !self.auto_create || topic.is_retry() || topic.is_dead_letter() {
             return Err(Error::topic_not_found(topic));
         }
-        let config = TopicConfig::normal(topic.clone());
+        let version = view.topic_record(topic).map_or(0, |t| t.version) + 1;
+        let config = TopicConfig { version, ..TopicConfig::normal(topic.clone()) };
         let request = PutMetadataRequest {
             topics: vec![apis::convert::metadata::topic_to_wire(&config)],
             ..PutMetadataRequest::default()
@@ -70,7 +71,8 @@ impl<B: Brokers, N: NameServers> Front<B, N> {
         if !self.auto_create {
             return Err(Error::group_not_found(group));
         }
-        let config = GroupConfig::concurrent(group.clone());
+        let version = self.routes.view().group_record(group).map_or(0, |g| g.version) + 1;
+        let config = GroupConfig { version, ..GroupConfig::concurrent(group.clone()) };
         let request = PutMetadataRequest {
             groups: vec![apis::convert::metadata::group_to_wire(&config)],
             ..PutMetadataRequest::default()

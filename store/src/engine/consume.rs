@@ -314,7 +314,8 @@ impl Engine {
             }
         };
         if to == Destination::DeadLetter && self.meta.topic(&topic).is_none() {
-            let config = TopicConfig { queues: 1, ..TopicConfig::normal(topic.clone()) };
+            let version = self.meta.next_topic_version(&topic);
+            let config = TopicConfig { queues: 1, version, ..TopicConfig::normal(topic.clone()) };
             self.change(Change::PutTopic(config));
         }
         let message = NewMessage {

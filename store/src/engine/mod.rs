@@ -14,7 +14,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use model::message;
 use model::name::{CHANGES_TOPIC, RETRY_PREFIX};
-use model::{Group, ReceiptKey, Timestamp, Topic, hash};
+use model::{Group, GroupConfig, ReceiptKey, Timestamp, Topic, TopicConfig, hash};
 
 pub use self::consume::{NEW_GROUP_BACKLOG_MAX_BYTES, PopRequest, Popped};
 use crate::change::{self, Change, CursorKey, Writer};
@@ -263,11 +263,11 @@ impl Engine {
         self.pop.apply(change);
         self.meta.apply(change);
         match change {
-            Change::DeleteTopic(topic) => {
+            Change::PutTopic(TopicConfig { topic, deleted: true, .. }) => {
                 self.index.delete(topic)?;
                 self.delete_retries(|retry| retry.strip_suffix(topic.as_str())?.strip_suffix('+'))
             }
-            Change::DeleteGroup(group) => {
+            Change::PutGroup(GroupConfig { group, deleted: true, .. }) => {
                 self.delete_retries(|retry| retry.strip_prefix(group.as_str())?.strip_prefix('+'))
             }
             _ => Ok(()),
