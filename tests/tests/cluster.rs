@@ -65,7 +65,6 @@ async fn conformance(brokers: impl Brokers) {
             version: 1,
             deleted: false,
         }],
-        ..Default::default()
     };
     brokers.put_metadata(A, &c, put.clone()).await.unwrap();
     let mut older = put.clone();
@@ -202,7 +201,6 @@ async fn a_broker_that_lacks_a_topic_is_told_of_it() {
             version: 1,
             deleted: false,
         }],
-        ..Default::default()
     };
     brokers.put_metadata(A, &context(), put.clone()).await.unwrap();
     for node in [&old, &new] {
