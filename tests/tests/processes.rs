@@ -192,7 +192,7 @@ async fn what_is_in_flight_survives_a_kill() {
     server.start_again();
     let mut client = connect(port).await;
     let mut again = by("c", request);
-    again.set_timeout(Duration::from_millis(500));
+    again.set_timeout(Duration::from_secs(3));
     assert_eq!(
         client::drain(&mut client, again).await.code(),
         Code::MessageNotFound,
