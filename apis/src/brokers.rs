@@ -20,7 +20,7 @@ pub trait Brokers: Clone + Send + Sync + 'static {
     ) -> impl Future<Output = Reply<AppendReply>> + Send;
 
     /// Hands messages out to a group; waits up to `poll_ms` for one. A caller that goes away loses nothing:
-    /// what was meant for it becomes visible at once.
+    /// what was meant for it becomes visible at once, or after its invisible time if the answer was on the wire.
     fn pop(
         &self,
         broker: &str,

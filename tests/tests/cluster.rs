@@ -130,10 +130,12 @@ async fn conformance(brokers: impl Brokers) {
     let short = CallContext { deadline: Some(Duration::from_millis(100)), ..c.clone() };
     assert_eq!(brokers.pop(A, &short, pop("*", 20_000)).await.map_err(code).unwrap_err(), Code::ProxyTimeout);
 
-    // A caller that went away loses nothing: the next one gets the message.
+    // A caller that went away loses nothing: the next one gets the message, at the latest after its invisible time
+    // (an answer can be on the wire when the caller goes).
     let gone = {
         let (b, c) = (brokers.clone(), slow.clone());
-        tokio::spawn(async move { b.pop(A, &c, pop("*", 20_000)).await })
+        let request = PopRequest { invisible_ms: 1_000, ..pop("*", 20_000) };
+        tokio::spawn(async move { b.pop(A, &c, request).await })
     };
     tokio::task::yield_now().await;
     gone.abort();
