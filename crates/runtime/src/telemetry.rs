@@ -1,15 +1,22 @@
-//! Logs: text on a terminal, JSON lines otherwise; to stderr. `FERRY_LOG` filters (`info`, `broker=debug`).
+//! Logs: text on a terminal, JSON lines otherwise; to stderr. `FERRY_LOG` filters (`info`, `warn,broker=debug`).
 
 use std::io::IsTerminal;
 
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{filter::Targets, layer::SubscriberExt, util::SubscriberInitExt, Layer};
 
 pub fn init(default_filter: &str) {
-    let filter = EnvFilter::try_from_env("FERRY_LOG").unwrap_or_else(|_| EnvFilter::new(default_filter));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    // A second call (tests) changes nothing.
-    let _ = match std::io::stderr().is_terminal() {
-        true => builder.compact().try_init(),
-        false => builder.json().try_init(),
+    let given = std::env::var("FERRY_LOG").ok();
+    let filter = given.as_deref().unwrap_or(default_filter).parse::<Targets>();
+    let bad = filter.is_err();
+    let filter = filter.unwrap_or_else(|_| Targets::new().with_default(tracing::Level::INFO));
+    let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let layer = match std::io::stderr().is_terminal() {
+        true => layer.compact().boxed(),
+        false => layer.json().boxed(),
     };
+    // A second call (tests) changes nothing.
+    let _ = tracing_subscriber::registry().with(layer.with_filter(filter)).try_init();
+    if bad {
+        tracing::warn!(FERRY_LOG = given, "not a log filter, using info; write for example `warn,broker=debug`");
+    }
 }
