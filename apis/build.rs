@@ -18,6 +18,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .bytes(".ferrymq.internal.v1.Delivered")
         // The transport belongs to `runtime` and the roles; contracts do not open sockets.
         .build_transport(false)
+        .codec_path("crate::codec::Frames")
         .compile_fds(descriptors)?;
     println!("cargo:rerun-if-changed=proto");
     Ok(())

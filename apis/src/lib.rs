@@ -2,6 +2,7 @@
 //! (`internal`, `brokers`), what `ferry` asks of a proxy (`admin`), and the tables between wire and model.
 
 pub mod brokers;
+pub mod codec;
 pub mod context;
 pub mod convert;
 pub mod names;

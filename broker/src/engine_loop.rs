@@ -18,6 +18,8 @@ use crate::waiters::{Key, Waiters};
 /// How much log a restart may have to replay, and how long derived state may stay behind.
 const CHECKPOINT_BYTES: u64 = 64 << 20;
 const CHECKPOINT_MS: i64 = 5_000;
+/// Between two checkpoints at the least.
+const CHECKPOINT_MIN_MS: i64 = 50;
 /// In async mode the log is synced this long after a write at the latest.
 const FLUSH_MS: i64 = 500;
 /// Queue entries kept in memory before they are written behind.
@@ -104,17 +106,23 @@ impl EngineLoop {
         &self.engine
     }
 
-    /// When the loop wants to run even if nobody asks.
+    /// When [`EngineLoop::tend`] wants to run even if nobody asks.
     pub fn next_wake(&self, now: Timestamp) -> Option<Timestamp> {
-        if self.more_due {
+        if self.more_due || (self.stop.is_some() && !self.checkpointing) {
             return Some(now);
         }
         let flush = self.dirty_since.map(|since| since.plus_ms(FLUSH_MS));
         let behind = self.engine.uncovered() > 0 && !self.checkpointing;
-        let checkpoint = behind.then(|| self.last_checkpoint.plus_ms(CHECKPOINT_MS));
+        let pause = if self.far_behind() { CHECKPOINT_MIN_MS } else { CHECKPOINT_MS };
+        let checkpoint = behind.then(|| self.last_checkpoint.plus_ms(pause));
         // What is due but cannot be done now (a full disk) is tried again, not spun on.
         let due = self.engine.next_due().map(|at| if at <= now { now.plus_ms(100) } else { at });
         [flush, checkpoint, due].into_iter().flatten().min()
+    }
+
+    /// So far that a checkpoint should not wait for its time.
+    fn far_behind(&self) -> bool {
+        self.engine.uncovered() > CHECKPOINT_BYTES || self.engine.buffered() > BUFFERED_ENTRIES_MAX
     }
 
     /// Stages one command.
@@ -241,6 +249,21 @@ impl EngineLoop {
     /// Commits what is staged, answers, and serves those who waited for it.
     pub fn finish(&mut self, now: Timestamp) -> Effects {
         let mut effects = Effects::default();
+        // Serving waiters stages rows of its own, which go into a second group.
+        while let Some(topics) = self.commit(now, &mut effects) {
+            match self.engine.flush_mode() {
+                FlushMode::Async => self.serve(&topics, now),
+                FlushMode::Sync => self.hidden.push_back((self.engine.end(), topics)),
+            }
+        }
+        if effects.sync {
+            self.dirty_since = None;
+        }
+        effects
+    }
+
+    /// What is done in its own time: expiry, the regular sync, checkpoints. Commits what it staged.
+    pub fn tend(&mut self, now: Timestamp) -> Effects {
         self.more_due = false;
         if self.engine.next_due().is_some_and(|due| due <= now) {
             match self.engine.expire(now) {
@@ -251,13 +274,7 @@ impl EngineLoop {
                 }
             }
         }
-        // Serving waiters stages rows of its own, which go into a second group.
-        while let Some(topics) = self.commit(now, &mut effects) {
-            match self.engine.flush_mode() {
-                FlushMode::Async => self.serve(&topics, now),
-                FlushMode::Sync => self.hidden.push_back((self.engine.end(), topics)),
-            }
-        }
+        let mut effects = self.finish(now);
         self.keep_house(now, &mut effects);
         effects
     }
@@ -339,12 +356,12 @@ impl EngineLoop {
         if effects.sync {
             self.dirty_since = None;
         }
-        let behind = self.engine.uncovered();
-        let due = behind > CHECKPOINT_BYTES
-            || self.engine.buffered() > BUFFERED_ENTRIES_MAX
-            || (behind > 0 && now.since(self.last_checkpoint) >= CHECKPOINT_MS);
-        if due && !self.checkpointing && self.engine.can_checkpoint() {
+        let pause = if self.far_behind() { CHECKPOINT_MIN_MS } else { CHECKPOINT_MS };
+        let due = self.engine.uncovered() > 0 && now.since(self.last_checkpoint) >= pause;
+        if due && !self.checkpointing {
             self.last_checkpoint = now;
+        }
+        if due && !self.checkpointing && self.engine.can_checkpoint() {
             match self.engine.checkpoint(now, false) {
                 Ok(checkpoint) => {
                     self.checkpointing = true;

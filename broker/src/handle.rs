@@ -5,11 +5,10 @@ use std::time::Duration;
 
 use apis::brokers::Reply;
 use apis::context::CallContext;
-use apis::convert::metadata as wire;
+use apis::convert::{address, metadata as wire};
 use apis::internal::*;
 use apis::status::Error;
 use apis::v2::Code;
-use crossbeam_channel::Sender;
 use model::receipt::ReceiptError;
 use model::{Group, Receipt, ReceiptKey, TagFilter, Topic, limits, message};
 use store::change::Change;
@@ -22,6 +21,7 @@ use tokio::sync::{Semaphore, oneshot};
 use tokio::time::Instant;
 
 use crate::command::{Answer, Command, PopCommand};
+use crate::driver::Commands;
 use crate::error;
 
 /// Bodies on their way into the log, in KiB.
@@ -35,16 +35,16 @@ pub struct Broker(Arc<Inner>);
 
 struct Inner {
     name: String,
-    commands: Sender<Command>,
+    commands: Commands,
     reader: LogReader,
     key: ReceiptKey,
     incoming: Arc<Semaphore>,
 }
 
 impl Broker {
-    pub fn new(name: String, commands: Sender<Command>, engine: &Engine) -> Self {
+    pub fn new(name: String, commands: Commands, reader: LogReader, key: ReceiptKey) -> Self {
         let incoming = Arc::new(Semaphore::new(INCOMING_MAX_KIB));
-        Self(Arc::new(Inner { name, commands, reader: engine.reader(), key: engine.key(), incoming }))
+        Self(Arc::new(Inner { name, commands, reader, key, incoming }))
     }
 
     pub fn name(&self) -> &str {
@@ -53,23 +53,22 @@ impl Broker {
 
     async fn ask<T>(&self, command: impl FnOnce(Answer<T>) -> Command) -> Reply<T> {
         let (answer, reply) = oneshot::channel();
-        self.0.commands.send(command(answer)).map_err(|_| error::stopped())?;
+        self.0.commands.bring(command(answer)).await?;
         reply.await.unwrap_or_else(|_| Err(error::stopped()))
     }
 
     async fn look<T: Send + 'static>(&self, look: impl FnOnce(&Engine) -> T + Send + 'static) -> Reply<T> {
         let (answer, reply) = oneshot::channel();
         let look = Command::Look(Box::new(move |engine| drop(answer.send(look(engine)))));
-        self.0.commands.send(look).map_err(|_| error::stopped())?;
+        self.0.commands.bring(look).await?;
         reply.await.map_err(|_| error::stopped())
     }
 
     /// Stops cleanly: everything durable. Returns when it is done.
     pub async fn stop(&self) {
         let (done, stopped) = oneshot::channel();
-        if self.0.commands.send(Command::Stop(done)).is_ok() {
-            let _ = stopped.await;
-        }
+        self.0.commands.bring_now(Command::Stop(done));
+        let _ = stopped.await;
     }
 
     pub async fn append(&self, request: AppendRequest) -> Reply<AppendReply> {
@@ -123,7 +122,7 @@ impl Broker {
         let (answer, mut reply) = oneshot::channel();
         let wait = command.wait && Instant::now() < deadline;
         let command = Command::Pop { request: PopCommand { wait, ..command.clone() }, answer };
-        self.0.commands.send(command).map_err(|_| error::stopped())?;
+        self.0.commands.bring(command).await?;
         if !wait {
             return reply.await.unwrap_or_else(|_| Err(error::stopped()));
         }
@@ -177,7 +176,7 @@ impl Broker {
             self.ask(|answer| Command::Ack { receipts: unwanted, answer }).await?;
         }
         if !later.is_empty() {
-            let _ = self.0.commands.send(Command::Release(later));
+            self.0.commands.bring_now(Command::Release(later));
         }
         Ok(out)
     }
@@ -329,7 +328,7 @@ fn new_message(m: AppendMessage) -> Result<NewMessage, Error> {
         properties: m.properties,
         sys_flag: m.sys_flag,
         born_timestamp_ms: m.born_timestamp_ms,
-        born_host: m.born_host.parse().unwrap_or(unknown),
+        born_host: address::from_wire(&m.born_host).unwrap_or(unknown),
     })
 }
 
@@ -343,7 +342,7 @@ fn plain(r: Record) -> Delivered {
         body: r.body,
         sys_flag: r.sys_flag,
         born_timestamp_ms: r.born_timestamp_ms,
-        born_host: r.born_host.to_string(),
+        born_host: address::to_wire(r.born_host),
         store_timestamp_ms: r.store_timestamp_ms,
         store_host: r.store_host.to_string(),
         ..Delivered::default()
@@ -369,7 +368,7 @@ impl<'a> Release<'a> {
 impl Drop for Release<'_> {
     fn drop(&mut self) {
         if !self.receipts.is_empty() {
-            let _ = self.broker.0.commands.send(Command::Release(std::mem::take(&mut self.receipts)));
+            self.broker.0.commands.bring_now(Command::Release(std::mem::take(&mut self.receipts)));
         }
     }
 }

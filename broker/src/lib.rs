@@ -1,13 +1,14 @@
-//! A storage node: the engine on a thread of its own, and the calls that proxies make.
+//! A storage node: the engine, who runs it, and the calls that proxies make.
 //!
 //! ```text
 //!  service (gRPC) ─┐
-//!  local           ┴─► handle (async, checks, reads bodies) ──commands──► engine_loop (owns the Engine)
-//!                                                                             └─► sync thread (fdatasync, then replies)
+//!  local           ┴─► handle (async, checks, reads bodies) ──commands──► driver ──► engine_loop (owns the Engine)
+//!                                                                            └─► sync thread (fdatasync, then replies)
 //! ```
 //! Wired by `ferry`; no other role may depend on this crate.
 
 pub mod command;
+pub mod driver;
 pub mod engine_loop;
 pub mod error;
 pub mod handle;
@@ -15,7 +16,6 @@ pub mod local;
 pub mod node;
 pub mod register;
 pub mod service;
-pub mod threads;
 mod waiters;
 
 pub use handle::Broker;

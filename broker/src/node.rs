@@ -3,23 +3,26 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use apis::brokers::NameServers;
 use apis::internal::broker_service_server::BrokerServiceServer;
-use crossbeam_channel::unbounded;
 use model::{Clock, limits};
+use runtime::net;
 use store::fs::Fs;
 use store::kv::Kv;
 use store::log::LogOptions;
 use store::{Engine, FlushMode, Options, RecoveryReport, StoreError};
 use tokio::net::TcpListener;
-use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
 
-use crate::Broker;
 use crate::engine_loop::EngineLoop;
 use crate::register::{self, Identity};
-use crate::threads;
+use crate::{Broker, driver};
+
+/// Calls in progress get this long at a stop.
+const DRAIN: Duration = Duration::from_secs(5);
 
 #[derive(Clone, Debug)]
 pub struct BrokerConfig {
@@ -69,9 +72,9 @@ impl Node {
             clean = report.clean,
             "store opened"
         );
-        let commands = unbounded();
-        let broker = Broker::new(config.name.clone(), commands.0.clone(), &engine);
-        threads::spawn(EngineLoop::new(engine, now), commands, clock);
+        let (reader, key) = (engine.reader(), engine.key());
+        let commands = driver::start(EngineLoop::new(engine, now), clock);
+        let broker = Broker::new(config.name.clone(), commands, reader, key);
         Ok(Self { broker, config, report })
     }
 
@@ -94,21 +97,16 @@ impl Node {
         advertised: String,
         name_servers: impl NameServers,
         stop: CancellationToken,
-    ) -> Result<(), tonic::transport::Error> {
+    ) {
         let identity = self.identity(advertised);
         let registration = register::run(self.broker.clone(), identity, name_servers, stop.clone());
         let registration = tokio::spawn(registration);
         let service = BrokerServiceServer::new(self.broker.clone())
             .max_decoding_message_size(limits::FRAME_MAX_BYTES)
             .max_encoding_message_size(limits::FRAME_MAX_BYTES);
-        let served = tonic::transport::Server::builder()
-            .tcp_nodelay(true)
-            .add_service(service)
-            .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.cancelled())
-            .await;
+        net::serve(listener, None, Routes::new(service), stop, DRAIN).await;
         let _ = registration.await;
         self.drain().await;
-        served
     }
 
     /// Everything durable, nothing to replay at the next start.

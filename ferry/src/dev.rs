@@ -70,11 +70,11 @@ pub async fn run(args: DevArgs) -> anyhow::Result<()> {
     proxy.refresh().await?;
     ready(args.ready_file.as_deref())?;
     welcome(address, data, args.ephemeral);
-    let served = proxy.run(listener, stop.clone()).await;
+    proxy.run(listener, stop.clone()).await;
     stop.cancel();
     let _ = registration.await;
     node.drain().await;
-    served.map_err(Into::into)
+    Ok(())
 }
 
 fn config(data: &Path, address: SocketAddr, flush: FlushMode) -> BrokerConfig {

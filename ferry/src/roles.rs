@@ -141,7 +141,8 @@ pub async fn namesrv(args: RoleArgs) -> anyhow::Result<()> {
     let listener = net::bind(file.listen).await?;
     println!("name server listening on {}", listener.local_addr()?);
     ready(args.ready_file.as_deref())?;
-    namesrv::node::run(LocalNameServer::new(SystemClock), listener, stop).await.map_err(Into::into)
+    namesrv::node::run(LocalNameServer::new(SystemClock), listener, stop).await;
+    Ok(())
 }
 
 pub async fn broker(args: RoleArgs) -> anyhow::Result<()> {
@@ -171,7 +172,8 @@ pub async fn broker(args: RoleArgs) -> anyhow::Result<()> {
     let name_servers = RemoteNameServers::new(&file.namesrv, &dial())?;
     println!("broker {name} listening on {listening}, advertised as {advertise}");
     ready(args.ready_file.as_deref())?;
-    node.run(listener, advertise, name_servers, stop).await.map_err(Into::into)
+    node.run(listener, advertise, name_servers, stop).await;
+    Ok(())
 }
 
 pub async fn proxy(args: RoleArgs) -> anyhow::Result<()> {
@@ -202,5 +204,6 @@ pub async fn proxy(args: RoleArgs) -> anyhow::Result<()> {
     }
     println!("proxy listening on {}", listener.local_addr()?);
     ready(args.ready_file.as_deref())?;
-    proxy.run(listener, stop).await.map_err(Into::into)
+    proxy.run(listener, stop).await;
+    Ok(())
 }

@@ -20,9 +20,9 @@ pub struct Call {
     /// Time the client still waits.
     pub deadline: Option<Duration>,
     pub trace: Option<String>,
-    pub peer: String,
+    pub peer: Option<SocketAddr>,
     /// The authority the client dialled, or else the address it reached.
-    dialled: Option<String>,
+    dialled: Option<SocketAddr>,
 }
 
 impl Call {
@@ -38,8 +38,8 @@ impl Call {
             namespace: text("x-mq-namespace").unwrap_or_default(),
             deadline: text("grpc-timeout").as_deref().and_then(parse_timeout),
             trace: text("traceparent"),
-            peer: request.remote_addr().map(|a| a.to_string()).unwrap_or_default(),
-            dialled: request.local_addr().map(|a| a.to_string()),
+            peer: request.remote_addr(),
+            dialled: request.local_addr(),
         })
     }
 
@@ -70,8 +70,7 @@ impl Call {
             };
             return Endpoints { scheme: scheme.into(), addresses: said.addresses };
         }
-        let reached = self.dialled.as_deref().and_then(|a| a.parse::<SocketAddr>().ok());
-        let reached = reached.unwrap_or_else(|| ([127, 0, 0, 1], 8081).into());
+        let reached = self.dialled.unwrap_or_else(|| ([127, 0, 0, 1], 8081).into());
         let host = reached.ip().to_string();
         Endpoints {
             scheme: scheme_of(&host).into(),

@@ -7,11 +7,13 @@ use std::time::Duration;
 use apis::admin::ferry_admin_server::FerryAdminServer;
 use apis::brokers::{Brokers, NameServers};
 use apis::status::Error;
-use apis::v2::messaging_service_server::MessagingServiceServer;
+use apis::v2::messaging_service_server::{self, MessagingService, MessagingServiceServer};
 use model::{Clock, limits};
 use runtime::net;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
+use tonic::body::Body;
+use tonic::service::Routes as Router;
 
 use crate::admin::Admin;
 use crate::routes::{OnView, Routes};
@@ -61,11 +63,7 @@ impl<B: Brokers, N: NameServers> Proxy<B, N> {
         self.0.routes.refresh().await.map(drop)
     }
 
-    pub async fn run(
-        self,
-        listener: TcpListener,
-        stop: CancellationToken,
-    ) -> Result<(), tonic::transport::Error> {
+    pub async fn run(self, listener: TcpListener, stop: CancellationToken) {
         let Proxy(front, config) = self;
         let background = tokio::spawn(housekeeping(front.clone(), stop.clone()));
         let (health, health_service) = tonic_health::server::health_reporter();
@@ -79,37 +77,42 @@ impl<B: Brokers, N: NameServers> Proxy<B, N> {
             .max_encoding_message_size(limits::FRAME_MAX_BYTES);
         let admin =
             FerryAdminServer::new(Admin(front.clone())).max_encoding_message_size(limits::FRAME_MAX_BYTES);
-        let mut router = tonic::transport::Server::builder()
-            .initial_stream_window_size(1 << 20)
-            .initial_connection_window_size(4 << 20)
-            .max_concurrent_streams(10_000)
-            .add_service(messaging)
-            .add_service(admin)
-            .add_service(health_service);
+        let mut others = Router::new(admin).add_service(health_service);
         if let Ok(service) = reflection().build_v1() {
-            router = router.add_service(service);
+            others = others.add_service(service);
         }
         if let Ok(service) = reflection().build_v1alpha() {
-            router = router.add_service(service);
+            others = others.add_service(service);
         }
         let draining = front.draining.clone();
-        let (begun, drain_begun) = tokio::sync::oneshot::channel();
-        let stopping = async move {
-            stop.cancelled().await;
+        let stopping = stop.clone();
+        tokio::spawn(async move {
+            stopping.cancelled().await;
             // Long polls and telemetry streams end now; they would otherwise never.
             draining.cancel();
-            let _ = begun.send(());
-        };
-        let served = router.serve_with_incoming_shutdown(net::accept(listener, config.tls), stopping);
-        let late = async {
-            match drain_begun.await {
-                Ok(()) => tokio::time::sleep(DRAIN).await,
-                Err(_) => std::future::pending().await,
-            }
-        };
-        let result = tokio::select! { result = served => result, () = late => Ok(()) };
+        });
+        net::serve(listener, config.tls, Services { messaging, others }, stop, DRAIN).await;
         let _ = background.await;
-        result
+    }
+}
+
+/// Messages go straight to their service; what is rare takes the general way.
+#[derive(Clone)]
+struct Services<M> {
+    messaging: MessagingServiceServer<M>,
+    others: Router,
+}
+
+impl<M: MessagingService + Clone> net::Service for Services<M> {
+    async fn call(&self, request: http::Request<net::Incoming>) -> http::Response<Body> {
+        let service = request.uri().path().split('/').nth(1);
+        if service != Some(messaging_service_server::SERVICE_NAME) {
+            return self.others.call(request).await;
+        }
+        match tower_service::Service::call(&mut self.messaging.clone(), request).await {
+            Ok(response) => response,
+            Err(never) => match never {},
+        }
     }
 }
 

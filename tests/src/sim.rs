@@ -87,7 +87,7 @@ impl Machine {
             Engine::open(options, fs, Arc::new(self.kv.clone()), lock, now).expect("the store opens");
         assert_eq!(report.damaged, [] as [u64; 0]);
         let (commands, receiver) = unbounded();
-        let broker = Broker::new(NAME.into(), commands, &engine);
+        let broker = Broker::new(NAME.into(), commands.into(), engine.reader(), engine.key());
         let driver = drive(EngineLoop::new(engine, now), receiver, self.clock.clone(), self.random.clone());
         *self.running.lock() = Some((broker, tokio::task::spawn_local(driver)));
     }
@@ -106,7 +106,7 @@ impl Machine {
     }
 }
 
-/// What `broker::threads` does with three threads, as one task: disk operations take virtual time.
+/// What `broker::driver` does with its callers and threads, as one task: disk operations take virtual time.
 async fn drive(
     mut engine_loop: EngineLoop,
     commands: Receiver<broker::command::Command>,
@@ -119,7 +119,7 @@ async fn drive(
         for command in commands.try_iter() {
             engine_loop.handle(command, now);
         }
-        let effects = engine_loop.finish(now);
+        let effects = engine_loop.tend(now);
         let syncer = engine_loop.engine().syncer();
         if effects.sync {
             sleep(Duration::from_millis(random.below(5))).await;

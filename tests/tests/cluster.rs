@@ -29,7 +29,7 @@ fn append(topic: &str, body: &str) -> AppendRequest {
         queue_id: 0,
         body: body.as_bytes().to_vec().into(),
         properties: bytes::Bytes::from_static(b"UNIQ_KEY\x01id\x02TAGS\x01a\x02"),
-        born_host: "127.0.0.1:1".into(),
+        born_host: apis::convert::address::to_wire(([127, 0, 0, 1], 1).into()),
         ..Default::default()
     };
     AppendRequest { topic: topic.into(), messages: vec![message] }

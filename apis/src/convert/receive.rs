@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use model::{Topic, message};
 
+use super::address;
 use crate::internal::Delivered;
 use crate::v2;
 
@@ -33,7 +34,6 @@ pub fn message(d: Delivered, digest: String) -> v2::Message {
         },
         message_type: v2::MessageType::Normal.into(),
         born_timestamp: Some(timestamp(d.born_timestamp_ms)),
-        born_host: d.born_host,
         store_timestamp: Some(timestamp(d.store_timestamp_ms)),
         store_host: d.store_host,
         queue_id: d.queue_id as i32,
@@ -68,6 +68,9 @@ pub fn message(d: Delivered, digest: String) -> v2::Message {
             key if message::is_reserved(key) => {}
             key => drop(user.insert(key.into(), value.into())),
         }
+    }
+    if system.born_host.is_empty() {
+        system.born_host = address::from_wire(&d.born_host).map(|a| a.to_string()).unwrap_or_default();
     }
     if !origin.topic.is_empty() {
         system.dead_letter_queue = Some(origin);

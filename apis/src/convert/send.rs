@@ -1,9 +1,12 @@
 //! A message as a client sends it: every rule of the protocol spec's §3, and its stored form.
 
+use std::net::SocketAddr;
+
 use bytes::Bytes;
 use model::message::{self, put_property};
 use model::{MessageType, Topic, limits};
 
+use super::address;
 use crate::internal::AppendMessage;
 use crate::names;
 use crate::status::Error;
@@ -27,7 +30,12 @@ fn is_control(c: char) -> bool {
 }
 
 /// Checks a message and gives it the form in which it is stored.
-pub fn message(m: v2::Message, header_namespace: &str, peer: &str, now_ms: i64) -> Result<Outgoing, Error> {
+pub fn message(
+    m: v2::Message,
+    header_namespace: &str,
+    peer: Option<SocketAddr>,
+    now_ms: i64,
+) -> Result<Outgoing, Error> {
     let topic = names::topic(m.topic.as_ref(), header_namespace)?;
     if topic.is_retry() || topic.is_dead_letter() {
         let what = format!("topic {topic} is filled by the server; send to another topic");
@@ -63,7 +71,7 @@ pub fn message(m: v2::Message, header_namespace: &str, peer: &str, now_ms: i64) 
             properties: Bytes::from(properties),
             sys_flag: if compressed { message::FLAG_COMPRESSED } else { 0 },
             born_timestamp_ms: system.born_timestamp.map_or(now_ms, |t| millis(&t)),
-            born_host: peer.into(),
+            born_host: peer.map(address::to_wire).unwrap_or_default(),
         },
         message_id: system.message_id,
     })

@@ -1,21 +1,30 @@
 //! Sockets. Listeners are bound before anything runs, so that a port in use is an error at the start, and tests
 //! bind port 0. One port takes TLS and plaintext, told apart by the first byte.
 
+use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use bytes::{Buf, BytesMut};
+use http::{Request, Response};
+pub use hyper::body::Incoming;
+use hyper::server::conn::http2;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::mpsc;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::server::{Connected, TcpConnectInfo};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tonic::body::Body;
+use tonic::service::Routes;
+use tonic::transport::server::TcpConnectInfo;
 use tonic::transport::{Channel, Endpoint};
 
 #[derive(Debug, thiserror::Error)]
@@ -42,50 +51,91 @@ pub fn dial(address: &str) -> Result<Channel, NetError> {
     Ok(endpoint
         .tcp_nodelay(true)
         .connect_timeout(Duration::from_secs(3))
-        .initial_stream_window_size(1 << 20)
-        .initial_connection_window_size(4 << 20)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
         .connect_lazy())
 }
 
+/// HTTP/2 windows, bytes.
+const STREAM_WINDOW: u32 = 1 << 20;
+const CONNECTION_WINDOW: u32 = 4 << 20;
 /// First byte of a TLS handshake record.
 const TLS_HANDSHAKE: u8 = 0x16;
 /// A connection must say something within this time.
 const FIRST_BYTE: Duration = Duration::from_secs(10);
 
-pub enum Connection {
+/// Written bytes that are gathered before the socket sees them.
+const GATHER_MAX: usize = 16 * 1024;
+
+trait Stream: AsyncRead + AsyncWrite + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Unpin> Stream for T {}
+
+enum Io {
     Plain(TcpStream),
     Tls(Box<TlsStream<TcpStream>>),
 }
 
-/// Accepts connections; handshakes run beside each other, so that a slow one holds up nobody.
-pub fn accept(
-    listener: TcpListener,
-    tls: Option<Arc<ServerConfig>>,
-) -> ReceiverStream<io::Result<Connection>> {
-    let (ready, connections) = mpsc::channel(64);
-    tokio::spawn(async move {
-        loop {
-            let stream = tokio::select! {
-                accepted = listener.accept() => accepted,
-                () = ready.closed() => return,
-            };
-            match stream {
-                Ok((stream, _)) => drop(tokio::spawn(greet(stream, tls.clone(), ready.clone()))),
-                // Out of file descriptors, or the peer is gone already: the next one may work.
-                Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
-            }
-        }
-    });
-    ReceiverStream::new(connections)
+/// An accepted connection. Small writes are gathered: a flush lets the other tasks that are ready run once, so that
+/// their answers go out in the same system call.
+struct Connection {
+    io: Io,
+    out: BytesMut,
+    /// The flush in progress has given the others their turn.
+    yielded: bool,
+    peer: TcpConnectInfo,
 }
 
-async fn greet(
-    stream: TcpStream,
+/// What a server answers calls with: gRPC services, told apart by the path.
+pub trait Service: Clone + Send + 'static {
+    fn call(&self, request: Request<Incoming>) -> impl Future<Output = Response<Body>> + Send;
+}
+
+impl Service for Routes {
+    async fn call(&self, request: Request<Incoming>) -> Response<Body> {
+        match tower_service::Service::call(&mut self.clone(), request.map(Body::new)).await {
+            Ok(response) => response,
+            Err(never) => match never {},
+        }
+    }
+}
+
+/// Serves until told to stop; then connections are asked to end, and have `drain` to do so. Handshakes run beside
+/// each other, so that a slow one holds up nobody.
+pub async fn serve<S: Service>(
+    listener: TcpListener,
     tls: Option<Arc<ServerConfig>>,
-    ready: mpsc::Sender<io::Result<Connection>>,
+    service: S,
+    stop: CancellationToken,
+    drain: Duration,
 ) {
+    let connections = TaskTracker::new();
+    loop {
+        let stream = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = stop.cancelled() => break,
+        };
+        match stream {
+            Ok((stream, _)) => {
+                let (tls, service, stop) = (tls.clone(), service.clone(), stop.clone());
+                connections.spawn(async move {
+                    if let Some(connection) = greet(stream, tls).await {
+                        talk(connection, service, stop).await;
+                    }
+                });
+            }
+            // Out of file descriptors, or the peer is gone already: the next one may work.
+            Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+        }
+    }
+    drop(listener);
+    connections.close();
+    let _ = tokio::time::timeout(drain, connections.wait()).await;
+}
+
+async fn greet(stream: TcpStream, tls: Option<Arc<ServerConfig>>) -> Option<Connection> {
     let _ = stream.set_nodelay(true);
-    let connection = tokio::time::timeout(FIRST_BYTE, async {
+    let peer = TcpConnectInfo { local_addr: stream.local_addr().ok(), remote_addr: stream.peer_addr().ok() };
+    let greeting = tokio::time::timeout(FIRST_BYTE, async {
         let mut first = [0];
         if stream.peek(&mut first).await? == 0 {
             return Err(io::Error::from(io::ErrorKind::UnexpectedEof));
@@ -93,58 +143,77 @@ async fn greet(
         match tls.filter(|_| first[0] == TLS_HANDSHAKE) {
             Some(config) => {
                 let stream = TlsAcceptor::from(config).accept(stream).await?;
-                Ok(Connection::Tls(Box::new(stream)))
+                Ok(Io::Tls(Box::new(stream)))
             }
-            None => Ok(Connection::Plain(stream)),
+            None => Ok(Io::Plain(stream)),
         }
     });
-    match connection.await {
-        Ok(Ok(connection)) => drop(ready.send(Ok(connection)).await),
+    match greeting.await {
+        Ok(Ok(io)) => return Some(Connection { io, out: BytesMut::new(), yielded: false, peer }),
         Ok(Err(error)) => tracing::debug!(%error, "a connection ended before it was one"),
         Err(_) => tracing::debug!("a connection said nothing for ten seconds"),
     }
+    None
 }
 
-impl Connected for Connection {
-    type ConnectInfo = TcpConnectInfo;
-
-    fn connect_info(&self) -> TcpConnectInfo {
-        match self {
-            Connection::Plain(stream) => stream.connect_info(),
-            Connection::Tls(stream) => stream.get_ref().0.connect_info(),
+async fn talk<S: Service>(connection: Connection, service: S, stop: CancellationToken) {
+    let peer = connection.peer.clone();
+    let answer = service_fn(move |mut request: Request<Incoming>| {
+        let service = service.clone();
+        request.extensions_mut().insert(peer.clone());
+        async move { Ok::<_, Infallible>(service.call(request).await) }
+    });
+    let served = http2::Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_concurrent_streams(10_000)
+        .serve_connection(TokioIo::new(connection), answer);
+    let mut served = std::pin::pin!(served);
+    let ended = tokio::select! {
+        ended = served.as_mut() => ended,
+        () = stop.cancelled() => {
+            served.as_mut().graceful_shutdown();
+            served.await
         }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "a connection broke");
+    }
+}
+
+impl Io {
+    /// Either stream as one.
+    fn stream(&mut self) -> Pin<&mut dyn Stream> {
+        match self {
+            Io::Plain(stream) => Pin::new(stream),
+            Io::Tls(stream) => Pin::new(&mut **stream),
+        }
+    }
+}
+
+impl Connection {
+    /// Hands what was gathered to the socket.
+    fn poll_drain(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while !self.out.is_empty() {
+            match ready!(self.io.stream().poll_write(cx, &self.out))? {
+                0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                n => self.out.advance(n),
+            }
+        }
+        Poll::Ready(Ok(()))
     }
 }
 
 impl AsyncRead for Connection {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Connection::Plain(stream) => Pin::new(stream).poll_read(cx, buf),
-            Connection::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
-        }
+        self.get_mut().io.stream().poll_read(cx, buf)
     }
 }
 
 impl AsyncWrite for Connection {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Connection::Plain(stream) => Pin::new(stream).poll_write(cx, buf),
-            Connection::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
-        }
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Connection::Plain(stream) => Pin::new(stream).poll_flush(cx),
-            Connection::Tls(stream) => Pin::new(stream).poll_flush(cx),
-        }
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Connection::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
-            Connection::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
-        }
+        self.poll_write_vectored(cx, &[io::IoSlice::new(buf)])
     }
 
     fn poll_write_vectored(
@@ -152,16 +221,40 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Connection::Plain(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
-            Connection::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+        let this = self.get_mut();
+        let len: usize = bufs.iter().map(|b| b.len()).sum();
+        if this.out.len() + len <= GATHER_MAX {
+            bufs.iter().for_each(|b| this.out.extend_from_slice(b));
+            return Poll::Ready(Ok(len));
         }
+        ready!(this.poll_drain(cx))?;
+        if len <= GATHER_MAX {
+            bufs.iter().for_each(|b| this.out.extend_from_slice(b));
+            return Poll::Ready(Ok(len));
+        }
+        // Large bodies are not copied.
+        this.io.stream().poll_write_vectored(cx, bufs)
     }
 
     fn is_write_vectored(&self) -> bool {
-        match self {
-            Connection::Plain(stream) => stream.is_write_vectored(),
-            Connection::Tls(stream) => stream.is_write_vectored(),
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        if !this.out.is_empty() && !this.yielded {
+            this.yielded = true;
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
         }
+        ready!(this.poll_drain(cx))?;
+        this.yielded = false;
+        this.io.stream().poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        ready!(this.poll_drain(cx))?;
+        this.io.stream().poll_shutdown(cx)
     }
 }

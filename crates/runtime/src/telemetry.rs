@@ -2,7 +2,7 @@
 
 use std::io::IsTerminal;
 
-use tracing_subscriber::{filter::Targets, layer::SubscriberExt, util::SubscriberInitExt, Layer};
+use tracing_subscriber::{Layer, filter::Targets, layer::SubscriberExt, util::SubscriberInitExt};
 
 pub fn init(default_filter: &str) {
     let given = std::env::var("FERRY_LOG").ok();
@@ -17,6 +17,9 @@ pub fn init(default_filter: &str) {
     // A second call (tests) changes nothing.
     let _ = tracing_subscriber::registry().with(layer.with_filter(filter)).try_init();
     if bad {
-        tracing::warn!(FERRY_LOG = given, "not a log filter, using info; write for example `warn,broker=debug`");
+        tracing::warn!(
+            FERRY_LOG = given,
+            "not a log filter, using info; write for example `warn,broker=debug`"
+        );
     }
 }

@@ -25,7 +25,7 @@ impl<B: Brokers, N: NameServers> Front<B, N> {
         let outgoing: Vec<Outgoing> = r
             .messages
             .into_iter()
-            .map(|m| send::message(m, &call.namespace, &call.peer, now))
+            .map(|m| send::message(m, &call.namespace, call.peer, now))
             .collect::<Result<_, _>>()?;
         let topic = outgoing[0].topic.clone();
         let context = call.context();

@@ -1,0 +1,277 @@
+//! Who runs the [`EngineLoop`]: a caller that brings a command and finds the engine idle runs it itself, together
+//! with whatever others have brought meanwhile; if it is busy, whoever is running it takes the command along. So a
+//! lone call costs no thread switch, and under load one round serves many. What needs time (expiry, checkpoints, a
+//! flood of commands) is the keeper thread's; a second thread syncs and answers, a third writes checkpoints.
+
+use std::sync::atomic::{AtomicI64, Ordering, fence};
+use std::sync::mpsc::{Receiver as Jobs, Sender as JobSender, channel};
+use std::sync::{Arc, Mutex, OnceLock, TryLockError, Weak};
+use std::thread::{self, JoinHandle, Thread};
+use std::time::Duration;
+
+use apis::brokers::Reply;
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use model::{Clock, Timestamp};
+use store::checkpoint::Checkpoint;
+use store::fs::Fs;
+use store::kv::Kv;
+use store::log::Syncer;
+
+use crate::command::Command;
+use crate::engine_loop::{Effects, EngineLoop, Pending};
+use crate::error;
+
+/// Commands taken into one group at the most.
+const GROUP_MAX: usize = 4096;
+/// Rounds a caller runs for others before the keeper takes over.
+const ROUNDS_MAX: usize = 4;
+
+/// What the syncing thread is given: answers that wait for the sync, or just the wish for one.
+type SyncJob = Option<Pending>;
+
+/// The way to the engine; cheap to clone.
+#[derive(Clone)]
+pub struct Commands {
+    sender: Sender<Command>,
+    /// None if somebody else runs the engine: the simulation does.
+    driver: Option<Arc<Driver>>,
+}
+
+impl From<Sender<Command>> for Commands {
+    fn from(sender: Sender<Command>) -> Self {
+        Self { sender, driver: None }
+    }
+}
+
+impl Commands {
+    /// Brings a command. The other tasks that are ready now get their turn first, so that what came in together
+    /// becomes one group.
+    pub async fn bring(&self, command: Command) -> Reply<()> {
+        self.sender.send(command).map_err(|_| error::stopped())?;
+        if let Some(driver) = &self.driver {
+            // Also if the caller goes away while it yields: its command must not lie there.
+            let _drives = OnDrop(driver);
+            tokio::task::yield_now().await;
+        }
+        Ok(())
+    }
+
+    /// Brings a command from where nothing can be awaited.
+    pub fn bring_now(&self, command: Command) {
+        if self.sender.send(command).is_ok()
+            && let Some(driver) = &self.driver
+        {
+            driver.drive();
+        }
+    }
+}
+
+struct OnDrop<'a>(&'a Driver);
+
+impl Drop for OnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.drive();
+    }
+}
+
+struct Driver {
+    /// None once the engine is closed. Poisoned if it panicked: nothing is answered any more.
+    engine: Mutex<Option<Running>>,
+    commands: Receiver<Command>,
+    clock: Arc<dyn Clock>,
+    keeper: OnceLock<Thread>,
+    /// When the keeper will wake by itself, ms.
+    planned: AtomicI64,
+}
+
+struct Running {
+    engine_loop: EngineLoop,
+    sync_jobs: JobSender<SyncJob>,
+    checkpoints: JobSender<Checkpoint>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// Starts the threads. They end by [`Command::Stop`], or when the last [`Commands`] is gone.
+pub fn start(engine_loop: EngineLoop, clock: impl Clock) -> Commands {
+    let syncer = engine_loop.engine().syncer();
+    let (fs, kv) = (engine_loop.engine().fs(), engine_loop.engine().kv());
+    let (sender, commands) = unbounded();
+    let (sync_jobs, sync_queue) = channel();
+    let (checkpoints, checkpoint_queue) = channel();
+    let driver = Arc::new(Driver {
+        engine: Mutex::new(None),
+        commands,
+        clock: Arc::new(clock),
+        keeper: OnceLock::new(),
+        planned: AtomicI64::new(i64::MIN),
+    });
+    let spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {
+        thread::Builder::new().name(name.into()).spawn(run).expect("the machine has room for three threads")
+    };
+    let back = (sender.clone(), Arc::downgrade(&driver));
+    let syncing = syncer.clone();
+    let sync = spawn("ferry-sync", Box::new(move || sync(&syncing, &sync_queue, &back)));
+    let back = (sender.clone(), Arc::downgrade(&driver));
+    let checkpoint = move || checkpoint(&checkpoint_queue, &syncer, &*fs, &*kv, &back);
+    let threads = vec![sync, spawn("ferry-checkpoint", Box::new(checkpoint))];
+    if let Ok(mut engine) = driver.engine.lock() {
+        *engine = Some(Running { engine_loop, sync_jobs, checkpoints, threads });
+    }
+    let weak = Arc::downgrade(&driver);
+    let keeping = move || {
+        while let Some(rest) = keep(&weak) {
+            thread::park_timeout(rest);
+        }
+    };
+    let keeper = spawn("ferry-keeper", Box::new(keeping));
+    let _ = driver.keeper.set(keeper.thread().clone());
+    Commands { sender, driver: Some(driver) }
+}
+
+impl Driver {
+    /// Runs the engine if nobody does. Whoever does sees every command that was sent before this call.
+    fn drive(&self) {
+        for _ in 0..ROUNDS_MAX {
+            // Pairs with the fence below: either this caller gets the lock, or its holder sees the command.
+            fence(Ordering::SeqCst);
+            match self.engine.try_lock() {
+                Ok(mut guard) => match guard.as_mut() {
+                    Some(running) => self.round(running),
+                    None => return self.refuse(),
+                },
+                Err(TryLockError::WouldBlock) => return,
+                Err(TryLockError::Poisoned(_)) => return self.refuse(),
+            }
+            fence(Ordering::SeqCst);
+            if self.commands.is_empty() {
+                return;
+            }
+        }
+        self.wake();
+    }
+
+    /// Callers learn from the lost answer that the store has stopped.
+    fn refuse(&self) {
+        self.commands.try_iter().for_each(drop);
+    }
+
+    fn wake(&self) {
+        if let Some(keeper) = self.keeper.get() {
+            keeper.unpark();
+        }
+    }
+
+    /// Natural batching: whatever has come in joins this group; nothing is waited for.
+    fn round(&self, running: &mut Running) {
+        let now = self.clock.now();
+        for command in self.commands.try_iter().take(GROUP_MAX) {
+            running.engine_loop.handle(command, now);
+        }
+        let effects = running.engine_loop.finish(now);
+        running.carry_out(effects);
+        let next = running.next_wake(now);
+        if next < self.planned.load(Ordering::Relaxed) {
+            self.planned.store(next, Ordering::Relaxed);
+            self.wake();
+        }
+    }
+}
+
+impl Running {
+    fn next_wake(&self, now: Timestamp) -> i64 {
+        self.engine_loop.next_wake(now).map_or(i64::MAX, |at| at.0)
+    }
+
+    fn carry_out(&self, effects: Effects) {
+        if effects.sync {
+            let _ = self.sync_jobs.send(effects.pending);
+        }
+        if let Some(checkpoint) = effects.checkpoint {
+            let _ = self.checkpoints.send(checkpoint);
+        }
+    }
+
+    /// A clean stop. Nobody holds RocksDB any more when it is reported.
+    fn close(self, now: Timestamp) {
+        let Self { engine_loop, sync_jobs, checkpoints, threads } = self;
+        drop((sync_jobs, checkpoints));
+        // The last way to the engine may have been given up on one of them.
+        let own = thread::current().id();
+        threads.into_iter().filter(|t| t.thread().id() != own).for_each(|t| drop(t.join()));
+        engine_loop.close(now);
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        self.wake();
+        let now = self.clock.now();
+        if let Ok(Some(running)) = self.engine.get_mut().map(Option::take) {
+            running.close(now);
+        }
+    }
+}
+
+/// One turn of the keeper; how long it may rest afterwards, or nothing at the end.
+fn keep(driver: &Weak<Driver>) -> Option<Duration> {
+    let driver = driver.upgrade()?;
+    let mut guard = driver.engine.lock().ok()?;
+    let running = guard.as_mut()?;
+    driver.round(running);
+    let now = driver.clock.now();
+    let effects = running.engine_loop.tend(now);
+    if effects.stopped {
+        let running = guard.take()?;
+        drop(guard);
+        running.close(now);
+        driver.refuse();
+        return None;
+    }
+    running.carry_out(effects);
+    let next = running.next_wake(now);
+    driver.planned.store(next, Ordering::Relaxed);
+    drop(guard);
+    fence(Ordering::SeqCst);
+    match driver.commands.is_empty() {
+        true => Some(Duration::from_millis(next.saturating_sub(now.0).clamp(0, 3_600_000) as u64)),
+        false => Some(Duration::ZERO),
+    }
+}
+
+/// The way back to the engine for its own threads, which do not keep it alive.
+type Back = (Sender<Command>, Weak<Driver>);
+
+fn sync(syncer: &Syncer, jobs: &Jobs<SyncJob>, back: &Back) {
+    while let Ok(first) = jobs.recv() {
+        let mut waiting: Vec<Pending> = first.into_iter().collect();
+        waiting.extend(jobs.try_iter().flatten());
+        let result = syncer.sync();
+        for pending in waiting {
+            let result = match &result {
+                Ok(flushed) => {
+                    debug_assert!(*flushed >= pending.end);
+                    Ok(())
+                }
+                Err(e) => Err(error::of_store(e)),
+            };
+            pending.replies.into_iter().for_each(|reply| reply.send(result.clone()));
+        }
+        if let Ok(flushed) = result {
+            report(Command::Flushed(flushed), back);
+        }
+    }
+}
+
+fn checkpoint(jobs: &Jobs<Checkpoint>, syncer: &Syncer, fs: &dyn Fs, kv: &dyn Kv, back: &Back) {
+    for checkpoint in jobs {
+        let outcome = checkpoint.write(syncer, fs, kv);
+        report(Command::CheckpointWritten(outcome), back);
+    }
+}
+
+fn report(command: Command, (engine, driver): &Back) {
+    if let Some(driver) = driver.upgrade() {
+        let _ = engine.send(command);
+        driver.drive();
+    }
+}
