@@ -63,6 +63,22 @@ pub trait Brokers: Clone + Send + Sync + 'static {
         request: ReadRequest,
     ) -> impl Future<Output = Reply<ReadReply>> + Send;
 
+    /// Messages by key or by time; touches no group.
+    fn query(
+        &self,
+        broker: &str,
+        context: &CallContext,
+        request: QueryRequest,
+    ) -> impl Future<Output = Reply<QueryReply>> + Send;
+
+    /// How the store stands; prunes it before if asked to.
+    fn store_state(
+        &self,
+        broker: &str,
+        context: &CallContext,
+        request: StoreStateRequest,
+    ) -> impl Future<Output = Reply<StoreStateReply>> + Send;
+
     fn metadata(
         &self,
         broker: &str,
@@ -83,6 +99,27 @@ pub trait Brokers: Clone + Send + Sync + 'static {
         context: &CallContext,
         request: GroupLagRequest,
     ) -> impl Future<Output = Reply<GroupLagReply>> + Send;
+}
+
+/// Expands `$then!` with the list of all calls of [`Brokers`], so that whoever only passes them on names none.
+#[macro_export]
+macro_rules! broker_calls {
+    ($then:ident) => {
+        $then! {
+            append(AppendRequest) -> AppendReply,
+            pop(PopRequest) -> PopReply,
+            ack(AckRequest) -> AckReply,
+            change_invisible(ChangeInvisibleRequest) -> ChangeInvisibleReply,
+            dead_letter(DeadLetterRequest) -> DeadLetterReply,
+            liveness(LivenessRequest) -> LivenessReply,
+            read(ReadRequest) -> ReadReply,
+            query(QueryRequest) -> QueryReply,
+            store_state(StoreStateRequest) -> StoreStateReply,
+            metadata(MetadataRequest) -> MetadataReply,
+            put_metadata(PutMetadataRequest) -> PutMetadataReply,
+            group_lag(GroupLagRequest) -> GroupLagReply,
+        }
+    };
 }
 
 /// What proxies and brokers ask of a name server.

@@ -94,18 +94,7 @@ macro_rules! remote {
     };
 }
 
-remote! {
-    append(AppendRequest) -> AppendReply,
-    pop(PopRequest) -> PopReply,
-    ack(AckRequest) -> AckReply,
-    change_invisible(ChangeInvisibleRequest) -> ChangeInvisibleReply,
-    dead_letter(DeadLetterRequest) -> DeadLetterReply,
-    liveness(LivenessRequest) -> LivenessReply,
-    read(ReadRequest) -> ReadReply,
-    metadata(MetadataRequest) -> MetadataReply,
-    put_metadata(PutMetadataRequest) -> PutMetadataReply,
-    group_lag(GroupLagRequest) -> GroupLagReply,
-}
+crate::broker_calls!(remote);
 
 /// Name servers elsewhere: all are told, the first that answers is believed.
 #[derive(Clone)]

@@ -59,6 +59,10 @@ pub enum Command {
         gone: Vec<String>,
         answer: Answer<()>,
     },
+    /// Let go of what the retention policy allows, now.
+    Prune {
+        answer: Answer<()>,
+    },
     /// A look at the engine between two commits.
     Look(Box<dyn FnOnce(&Engine) + Send>),
     /// The log is durable up to here.

@@ -3,19 +3,21 @@
 //! lone call costs no thread switch, and under load one round serves many. What needs time (expiry, checkpoints, a
 //! flood of commands) is the keeper thread's; a second thread syncs and answers, a third writes checkpoints.
 
-use std::sync::atomic::{AtomicI64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering, fence};
 use std::sync::mpsc::{Receiver as Jobs, Sender as JobSender, channel};
 use std::sync::{Arc, Mutex, OnceLock, TryLockError, Weak};
 use std::thread::{self, JoinHandle, Thread};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use apis::brokers::Reply;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use model::{Clock, Timestamp};
 use store::checkpoint::Checkpoint;
+use store::engine::Retired;
 use store::fs::Fs;
+use store::keys::KeyIndex;
 use store::kv::Kv;
-use store::log::Syncer;
+use store::log::{LogReader, Syncer};
 
 use crate::command::Command;
 use crate::engine_loop::{Effects, EngineLoop, Pending};
@@ -28,6 +30,12 @@ const ROUNDS_MAX: usize = 4;
 
 /// What the syncing thread is given: answers that wait for the sync, or just the wish for one.
 type SyncJob = Option<Pending>;
+
+/// What takes long and is nobody's answer.
+enum Chore {
+    Write(Checkpoint),
+    Remove(Retired),
+}
 
 /// The way to the engine; cheap to clone.
 #[derive(Clone)]
@@ -87,17 +95,20 @@ struct Driver {
 struct Running {
     engine_loop: EngineLoop,
     sync_jobs: JobSender<SyncJob>,
-    checkpoints: JobSender<Checkpoint>,
+    chores: JobSender<Chore>,
     threads: Vec<JoinHandle<()>>,
+    /// Ends what works in the background.
+    stopping: Arc<AtomicBool>,
 }
 
 /// Starts the threads. They end by [`Command::Stop`], or when the last [`Commands`] is gone.
 pub fn start(engine_loop: EngineLoop, clock: impl Clock) -> Commands {
     let syncer = engine_loop.engine().syncer();
     let (fs, kv) = (engine_loop.engine().fs(), engine_loop.engine().kv());
+    let (keys, reader) = (engine_loop.engine().keys(), engine_loop.engine().reader());
     let (sender, commands) = unbounded();
     let (sync_jobs, sync_queue) = channel();
-    let (checkpoints, checkpoint_queue) = channel();
+    let (chores, chore_queue) = channel();
     let driver = Arc::new(Driver {
         engine: Mutex::new(None),
         commands,
@@ -112,10 +123,15 @@ pub fn start(engine_loop: EngineLoop, clock: impl Clock) -> Commands {
     let syncing = syncer.clone();
     let sync = spawn("ferry-sync", Box::new(move || sync(&syncing, &sync_queue, &back)));
     let back = (sender.clone(), Arc::downgrade(&driver));
-    let checkpoint = move || checkpoint(&checkpoint_queue, &syncer, &*fs, &*kv, &back);
-    let threads = vec![sync, spawn("ferry-checkpoint", Box::new(checkpoint))];
+    let chores_of = move || do_chores(&chore_queue, &syncer, &*fs, &*kv, &back);
+    let mut threads = vec![sync, spawn("ferry-chores", Box::new(chores_of))];
+    let stopping = Arc::new(AtomicBool::new(false));
+    if keys.progress().is_some() {
+        let stopping = stopping.clone();
+        threads.push(spawn("ferry-keys", Box::new(move || index_keys(&keys, &reader, &stopping))));
+    }
     if let Ok(mut engine) = driver.engine.lock() {
-        *engine = Some(Running { engine_loop, sync_jobs, checkpoints, threads });
+        *engine = Some(Running { engine_loop, sync_jobs, chores, threads, stopping });
     }
     let weak = Arc::downgrade(&driver);
     let keeping = move || {
@@ -186,15 +202,17 @@ impl Running {
         if effects.sync {
             let _ = self.sync_jobs.send(effects.pending);
         }
-        if let Some(checkpoint) = effects.checkpoint {
-            let _ = self.checkpoints.send(checkpoint);
+        let chores = effects.checkpoint.into_iter().map(Chore::Write);
+        for chore in chores.chain(effects.retired.into_iter().map(Chore::Remove)) {
+            let _ = self.chores.send(chore);
         }
     }
 
     /// A clean stop. Nobody holds RocksDB any more when it is reported.
     fn close(self, now: Timestamp) {
-        let Self { engine_loop, sync_jobs, checkpoints, threads } = self;
-        drop((sync_jobs, checkpoints));
+        let Self { engine_loop, sync_jobs, chores, threads, stopping } = self;
+        stopping.store(true, Ordering::Relaxed);
+        drop((sync_jobs, chores));
         // The last way to the engine may have been given up on one of them.
         let own = thread::current().id();
         threads.into_iter().filter(|t| t.thread().id() != own).for_each(|t| drop(t.join()));
@@ -262,10 +280,34 @@ fn sync(syncer: &Syncer, jobs: &Jobs<SyncJob>, back: &Back) {
     }
 }
 
-fn checkpoint(jobs: &Jobs<Checkpoint>, syncer: &Syncer, fs: &dyn Fs, kv: &dyn Kv, back: &Back) {
-    for checkpoint in jobs {
-        let outcome = checkpoint.write(syncer, fs, kv);
-        report(Command::CheckpointWritten(outcome), back);
+fn do_chores(chores: &Jobs<Chore>, syncer: &Syncer, fs: &dyn Fs, kv: &dyn Kv, back: &Back) {
+    for chore in chores {
+        match chore {
+            Chore::Write(checkpoint) => {
+                let outcome = checkpoint.write(syncer, fs, kv);
+                report(Command::CheckpointWritten(outcome), back);
+            }
+            Chore::Remove(retired) => {
+                for file in &retired.files {
+                    if let Err(error) = fs.remove_file(file) {
+                        tracing::warn!(%error, file = %file.display(), "an old log file could not be removed");
+                    }
+                }
+                if let Err(error) = retired.keys.prune(retired.log_start) {
+                    tracing::warn!(%error, "the key index could not be pruned");
+                }
+            }
+        }
+    }
+}
+
+/// Indexes again what a crash left out, while everything else goes on.
+fn index_keys(keys: &KeyIndex, reader: &LogReader, stopping: &AtomicBool) {
+    let began = Instant::now();
+    if let Err(error) = keys.rebuild(reader, || stopping.load(Ordering::Relaxed)) {
+        tracing::error!(%error, "keys could not be indexed again: messages of before the restart may not be found by key");
+    } else if began.elapsed() > Duration::from_secs(1) {
+        tracing::info!(took_ms = began.elapsed().as_millis() as u64, "keys indexed again");
     }
 }
 

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use apis::status::Error;
 use model::{Timestamp, Topic};
 use store::checkpoint::Checkpoint;
-use store::engine::{Committed, PopRequest, Stored};
+use store::engine::{Committed, PopRequest, Retired, Stored};
 use store::pop::Standing;
 use store::{Engine, FlushMode, Popped, StoreError};
 use tokio::sync::oneshot;
@@ -22,6 +22,8 @@ const CHECKPOINT_MS: i64 = 5_000;
 const CHECKPOINT_MIN_MS: i64 = 50;
 /// In async mode the log is synced this long after a write at the latest.
 const FLUSH_MS: i64 = 500;
+/// Between two looks at the disk.
+const DISK_MS: i64 = 10_000;
 /// Queue entries kept in memory before they are written behind.
 const BUFFERED_ENTRIES_MAX: usize = 64 * 1024;
 
@@ -66,6 +68,8 @@ pub struct Effects {
     pub pending: Option<Pending>,
     /// To be written by another thread.
     pub checkpoint: Option<Checkpoint>,
+    /// Files to be removed by another thread.
+    pub retired: Vec<Retired>,
     /// The log is to be synced.
     pub sync: bool,
     pub stopped: bool,
@@ -81,6 +85,9 @@ pub struct EngineLoop {
     checkpointing: bool,
     last_checkpoint: Timestamp,
     dirty_since: Option<Timestamp>,
+    /// When the disk is looked at next.
+    disk_at: Timestamp,
+    retired: Vec<Retired>,
     /// More messages are due than one round has moved.
     more_due: bool,
     stop: Option<oneshot::Sender<()>>,
@@ -97,6 +104,8 @@ impl EngineLoop {
             checkpointing: false,
             last_checkpoint: now,
             dirty_since: None,
+            disk_at: now,
+            retired: Vec::new(),
             more_due: false,
             stop: None,
         }
@@ -117,7 +126,7 @@ impl EngineLoop {
         let checkpoint = behind.then(|| self.last_checkpoint.plus_ms(pause));
         // What is due but cannot be done now (a full disk) is tried again, not spun on.
         let due = self.engine.next_due().map(|at| if at <= now { now.plus_ms(100) } else { at });
-        [flush, checkpoint, due].into_iter().flatten().min()
+        [flush, checkpoint, due, Some(self.disk_at)].into_iter().flatten().min()
     }
 
     /// So far that a checkpoint should not wait for its time.
@@ -157,6 +166,11 @@ impl EngineLoop {
                 alive.iter().for_each(|client| self.engine.client_seen(client, now));
                 gone.iter().for_each(|client| self.engine.client_gone(client, now));
                 self.replies.push(Reply::Done(answer));
+            }
+            Command::Prune { answer } => {
+                self.disk_at = now;
+                let kept = self.engine.keep_disk(now).map(|retired| self.retired.extend(retired));
+                self.stage(answer, kept, |answer, ()| Reply::Done(answer));
             }
             Command::Look(look) => look(&self.engine),
             Command::Flushed(flushed) => self.flushed(flushed, now),
@@ -350,6 +364,14 @@ impl EngineLoop {
     }
 
     fn keep_house(&mut self, now: Timestamp, effects: &mut Effects) {
+        if now >= self.disk_at {
+            self.disk_at = now.plus_ms(DISK_MS);
+            match self.engine.keep_disk(now) {
+                Ok(retired) => self.retired.extend(retired),
+                Err(error) => tracing::warn!(%error, "old messages could not be let go; it is tried again"),
+            }
+        }
+        effects.retired = std::mem::take(&mut self.retired);
         if self.dirty_since.is_some_and(|since| now.since(since) >= FLUSH_MS) {
             effects.sync = true;
         }

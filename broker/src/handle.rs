@@ -26,6 +26,8 @@ use crate::error;
 
 /// Bodies on their way into the log, in KiB.
 const INCOMING_MAX_KIB: usize = 64 * 1024;
+/// Messages of one query.
+const QUERY_MAX: u32 = 1000;
 /// Bytes of bodies in one answer.
 const ANSWER_MAX_BYTES: usize = 32 << 20;
 
@@ -71,7 +73,7 @@ impl Broker {
         let _ = stopped.await;
     }
 
-    pub async fn append(&self, request: AppendRequest) -> Reply<AppendReply> {
+    pub async fn append(&self, _: &CallContext, request: AppendRequest) -> Reply<AppendReply> {
         let topic = Topic::stored(&request.topic);
         let messages: Vec<NewMessage> =
             request.messages.into_iter().map(new_message).collect::<Result<_, _>>()?;
@@ -211,7 +213,7 @@ impl Broker {
         Ok(receipt)
     }
 
-    pub async fn ack(&self, request: AckRequest) -> Reply<AckReply> {
+    pub async fn ack(&self, _: &CallContext, request: AckRequest) -> Reply<AckReply> {
         let receipts: Vec<_> =
             request.handles.iter().map(|h| self.receipt(h, &request.group, &request.topic).ok()).collect();
         let valid = receipts.iter().flatten().cloned().collect::<Vec<_>>();
@@ -228,7 +230,11 @@ impl Broker {
         Ok(AckReply { results: receipts.into_iter().map(|r| result(r).into()).collect() })
     }
 
-    pub async fn change_invisible(&self, request: ChangeInvisibleRequest) -> Reply<ChangeInvisibleReply> {
+    pub async fn change_invisible(
+        &self,
+        _: &CallContext,
+        request: ChangeInvisibleRequest,
+    ) -> Reply<ChangeInvisibleReply> {
         let receipt = self.receipt(&request.handle, &request.group, &request.topic)?;
         let invisible_ms = request.invisible_ms.clamp(0, limits::INVISIBLE_MAX_MS);
         let changed = self.ask(|answer| Command::ChangeInvisible { receipt, invisible_ms, answer }).await?;
@@ -236,7 +242,7 @@ impl Broker {
         Ok(ChangeInvisibleReply { handle: changed.encode(&self.0.name, &self.0.key) })
     }
 
-    pub async fn dead_letter(&self, request: DeadLetterRequest) -> Reply<DeadLetterReply> {
+    pub async fn dead_letter(&self, _: &CallContext, request: DeadLetterRequest) -> Reply<DeadLetterReply> {
         let receipt = self.receipt(&request.handle, &request.group, &request.topic)?;
         match self.ask(|answer| Command::DeadLetter { receipt, answer }).await? {
             Standing::Expired => Err(expired()),
@@ -244,13 +250,13 @@ impl Broker {
         }
     }
 
-    pub async fn liveness(&self, request: LivenessRequest) -> Reply<LivenessReply> {
+    pub async fn liveness(&self, _: &CallContext, request: LivenessRequest) -> Reply<LivenessReply> {
         let LivenessRequest { alive, gone } = request;
         self.ask(|answer| Command::Liveness { alive, gone, answer }).await?;
         Ok(LivenessReply {})
     }
 
-    pub async fn read(&self, request: ReadRequest) -> Reply<ReadReply> {
+    pub async fn read(&self, _: &CallContext, request: ReadRequest) -> Reply<ReadReply> {
         let topic = Topic::stored(&request.topic);
         let (queue, max) = (request.queue_id, request.max_messages.clamp(1, 256) as usize);
         let looked = self.look(move |engine| {
@@ -267,12 +273,112 @@ impl Broker {
         Ok(ReadReply { messages, min_offset: bounds.min, max_offset: bounds.max })
     }
 
+    /// By key: newest first. By time: oldest first, queue by queue.
+    pub async fn query(&self, _: &CallContext, request: QueryRequest) -> Reply<QueryReply> {
+        let max = request.max_messages.clamp(1, QUERY_MAX) as usize;
+        let to_ms = if request.to_ms > 0 { request.to_ms } else { i64::MAX };
+        let (messages, progress) = match request.key.is_empty() {
+            true => (self.between(&request.topic, request.from_ms, to_ms, max).await?, None),
+            false => self.with_key(&request.topic, &request.key, request.from_ms, to_ms, max).await?,
+        };
+        let (keys_at, keys_to) = progress.map_or((0, 0), |p| (p.at, p.to));
+        Ok(QueryReply { messages: messages.into_iter().map(plain).collect(), keys_at, keys_to })
+    }
+
+    async fn with_key(
+        &self,
+        topic: &str,
+        key: &str,
+        from_ms: i64,
+        to_ms: i64,
+        max: usize,
+    ) -> Reply<(Vec<Record>, Option<store::keys::Progress>)> {
+        let hash = store::keys::key_hash(topic, key);
+        let (keys, fresh) = self.look(move |engine| (engine.keys(), engine.new_keys(hash))).await?;
+        let (reader, topic, key) = (self.0.reader.clone(), topic.to_owned(), key.to_owned());
+        let found = tokio::task::spawn_blocking(move || {
+            // More than are wanted: another key may have the same hash.
+            let older = keys.find(hash, from_ms, to_ms, 4 * max)?;
+            let mut offsets: Vec<u64> = fresh.into_iter().chain(older).collect();
+            offsets.sort_unstable_by(|a, b| b.cmp(a));
+            offsets.dedup();
+            let is_it = |r: &Record| {
+                let named = r.property(message::KEYS).is_some_and(|k| k.split(' ').any(|k| k == key));
+                let same = named || r.property(message::UNIQ_KEY) == Some(&key);
+                same && *r.topic == *topic && (from_ms..=to_ms).contains(&r.store_timestamp_ms)
+            };
+            let records = offsets.into_iter().filter_map(|at| reader.read_at(at).ok()).filter(is_it);
+            Ok((records.take(max).collect(), keys.progress()))
+        });
+        found.await.map_err(|_| error::stopped())?.map_err(|e| error::of_store(&e))
+    }
+
+    async fn between(&self, topic: &str, from_ms: i64, to_ms: i64, max: usize) -> Reply<Vec<Record>> {
+        let topic = Topic::stored(topic);
+        let all = topic.clone();
+        let queues = self.look(move |engine| engine.queues(&all)).await?;
+        let mut out = Vec::new();
+        for (queue, bounds) in queues {
+            let (mut low, mut high) = (bounds.min, bounds.max);
+            while low < high {
+                let middle = low.midpoint(high);
+                let early = self.record_at(&topic, queue, middle).await?;
+                match early.is_none_or(|r| r.store_timestamp_ms < from_ms) {
+                    true => low = middle + 1,
+                    false => high = middle,
+                }
+            }
+            while low < bounds.max && out.len() < max {
+                match self.record_at(&topic, queue, low).await? {
+                    Some(r) if r.store_timestamp_ms > to_ms => break,
+                    found => out.extend(found),
+                }
+                low += 1;
+            }
+        }
+        Ok(out)
+    }
+
+    async fn record_at(&self, topic: &Topic, queue: u32, offset: u64) -> Reply<Option<Record>> {
+        let topic = topic.clone();
+        let entries = self.look(move |engine| engine.entries(&topic, queue, offset, 1)).await?;
+        let entry = entries.map_err(|e| error::of_store(&e))?.into_iter().next().filter(|e| !e.is_hole());
+        let Some(entry) = entry else { return Ok(None) };
+        let reader = self.0.reader.clone();
+        let read = tokio::task::spawn_blocking(move || reader.read(entry.log_offset, entry.size).ok());
+        read.await.map_err(|_| error::stopped())
+    }
+
+    /// Where the store stands; with `prune`, after what its policy lets go is gone.
+    pub async fn store_state(&self, _: &CallContext, request: StoreStateRequest) -> Reply<StoreStateReply> {
+        if request.prune {
+            self.ask(|answer| Command::Prune { answer }).await?;
+        }
+        let (state, keys) = self.look(|engine| (engine.state(), engine.keys())).await?;
+        let progress = keys.progress();
+        Ok(StoreStateReply {
+            broker: self.0.name.clone(),
+            log_start: state.log_start,
+            log_end: state.log_end,
+            log_flushed: state.log_flushed,
+            log_covered: state.log_covered,
+            disk_total: state.disk.map_or(0, |d| d.total),
+            disk_free: state.disk.map_or(0, |d| d.free),
+            held_by: state.held_by.map(|(group, topic)| format!("{group} on {topic}")).unwrap_or_default(),
+            held_from: state.held_from,
+            oldest_ms: state.oldest_ms,
+            keys_at: progress.map_or(0, |p| p.at),
+            keys_to: progress.map_or(0, |p| p.to),
+            unreadable: state.unreadable,
+        })
+    }
+
     /// Grows with every change of topics and groups.
     pub async fn metadata_version(&self) -> Reply<u64> {
         self.look(|engine| engine.meta().version()).await
     }
 
-    pub async fn metadata(&self, _request: MetadataRequest) -> Reply<MetadataReply> {
+    pub async fn metadata(&self, _: &CallContext, _: MetadataRequest) -> Reply<MetadataReply> {
         let broker = self.0.name.clone();
         self.look(move |engine| {
             let meta = engine.meta();
@@ -286,7 +392,11 @@ impl Broker {
         .await
     }
 
-    pub async fn put_metadata(&self, request: PutMetadataRequest) -> Reply<PutMetadataReply> {
+    pub async fn put_metadata(
+        &self,
+        _: &CallContext,
+        request: PutMetadataRequest,
+    ) -> Reply<PutMetadataReply> {
         let topics = request.topics.iter().map(|c| Change::PutTopic(wire::topic_from_wire(c)));
         let groups = request.groups.iter().map(|c| Change::PutGroup(wire::group_from_wire(c)));
         let changes: Vec<Change> = topics.chain(groups).collect();
@@ -294,7 +404,7 @@ impl Broker {
         Ok(PutMetadataReply { version })
     }
 
-    pub async fn group_lag(&self, request: GroupLagRequest) -> Reply<GroupLagReply> {
+    pub async fn group_lag(&self, _: &CallContext, request: GroupLagRequest) -> Reply<GroupLagReply> {
         let group = Group::stored(&request.group);
         let known = self.look(move |engine| {
             engine

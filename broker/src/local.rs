@@ -35,24 +35,11 @@ async fn within<T>(deadline: Option<Duration>, call: impl Future<Output = Reply<
 macro_rules! forward {
     ($($name:ident($request:ty) -> $reply:ty),* $(,)?) => {
         impl Brokers for LocalBrokers {
-            async fn pop(&self, broker: &str, context: &CallContext, request: PopRequest) -> Reply<PopReply> {
-                within(context.deadline, self.get(broker)?.pop(context, request)).await
-            }
             $(async fn $name(&self, broker: &str, context: &CallContext, request: $request) -> Reply<$reply> {
-                within(context.deadline, self.get(broker)?.$name(request)).await
+                within(context.deadline, self.get(broker)?.$name(context, request)).await
             })*
         }
     };
 }
 
-forward! {
-    append(AppendRequest) -> AppendReply,
-    ack(AckRequest) -> AckReply,
-    change_invisible(ChangeInvisibleRequest) -> ChangeInvisibleReply,
-    dead_letter(DeadLetterRequest) -> DeadLetterReply,
-    liveness(LivenessRequest) -> LivenessReply,
-    read(ReadRequest) -> ReadReply,
-    metadata(MetadataRequest) -> MetadataReply,
-    put_metadata(PutMetadataRequest) -> PutMetadataReply,
-    group_lag(GroupLagRequest) -> GroupLagReply,
-}
+apis::broker_calls!(forward);

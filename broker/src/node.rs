@@ -12,7 +12,7 @@ use runtime::net;
 use store::fs::Fs;
 use store::kv::Kv;
 use store::log::LogOptions;
-use store::{Engine, FlushMode, Options, RecoveryReport, StoreError};
+use store::{Engine, FlushMode, Options, RecoveryReport, Retention, StoreError};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
@@ -31,6 +31,7 @@ pub struct BrokerConfig {
     pub data: PathBuf,
     pub flush: FlushMode,
     pub log: LogOptions,
+    pub retention: Retention,
     /// The address in records and routes.
     pub host: SocketAddr,
     /// The receipt key of a new store: 16 random bytes.
@@ -56,6 +57,8 @@ impl Node {
             flush: config.flush,
             log: config.log,
             queue_file_entries: store::queue::ENTRIES_PER_FILE,
+            key_index: store::keys::Shape::default(),
+            retention: config.retention,
             host: config.host,
             new_key: config.new_key,
         };

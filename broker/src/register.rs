@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use apis::brokers::NameServers;
+use apis::context::CallContext;
 use apis::internal::{MetadataReply, MetadataRequest, RegisterRequest};
 use tokio_util::sync::CancellationToken;
 
@@ -59,7 +60,7 @@ pub async fn register(
     let unchanged = known == Some(version);
     let metadata = match unchanged {
         true => MetadataReply { version, broker: broker.name().to_owned(), ..MetadataReply::default() },
-        false => broker.metadata(MetadataRequest {}).await?,
+        false => broker.metadata(&CallContext::internal(), MetadataRequest {}).await?,
     };
     let version = metadata.version;
     let request = RegisterRequest {

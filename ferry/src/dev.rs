@@ -10,9 +10,9 @@ use model::SystemClock;
 use namesrv::LocalNameServer;
 use proxy::{Proxy, ProxyConfig};
 use runtime::{net, random, shutdown, telemetry, tls};
-use store::FlushMode;
 use store::fs::OsFs;
 use store::log::LogOptions;
+use store::{FlushMode, Retention};
 
 use crate::roles::{open_kv, ready};
 
@@ -84,6 +84,8 @@ fn config(data: &Path, address: SocketAddr, flush: FlushMode) -> BrokerConfig {
         data: data.into(),
         flush,
         log: LogOptions::default(),
+        // A developer's disk may be as full as it likes; what is older than three days and consumed goes.
+        retention: Retention { clean_ratio: 1.0, full_ratio: 1.0, ..Retention::default() },
         host: address,
         new_key: random::secret(),
     }

@@ -17,7 +17,7 @@ use serde::Deserialize;
 use store::fs::OsFs;
 use store::kv::{Kv, RocksKv};
 use store::log::LogOptions;
-use store::{FlushMode, StoreError};
+use store::{FlushMode, Retention, StoreError};
 use tonic::transport::Channel;
 
 use crate::cli::RoleArgs;
@@ -74,11 +74,30 @@ enum Flush {
 struct Storage {
     flush: Flush,
     segment_bytes: u64,
+    /// Messages older than this may go.
+    retention_hours: u64,
+    /// Bytes of log kept at the most; 0: no limit.
+    retention_bytes: u64,
+    /// Let go also of what a group has not consumed.
+    delete_unconsumed: bool,
+    /// Used part of the disk from which on consumed messages go whatever their age.
+    disk_clean_ratio: f64,
+    /// Used part of the disk from which on sends are refused.
+    disk_full_ratio: f64,
 }
 
 impl Default for Storage {
     fn default() -> Self {
-        Self { flush: Flush::Async, segment_bytes: LogOptions::default().segment_bytes }
+        let retention = Retention::default();
+        Self {
+            flush: Flush::Async,
+            segment_bytes: LogOptions::default().segment_bytes,
+            retention_hours: 72,
+            retention_bytes: 0,
+            delete_unconsumed: retention.delete_unconsumed,
+            disk_clean_ratio: retention.clean_ratio,
+            disk_full_ratio: retention.full_ratio,
+        }
     }
 }
 
@@ -164,6 +183,13 @@ pub async fn broker(args: RoleArgs) -> anyhow::Result<()> {
             Flush::Sync => FlushMode::Sync,
         },
         log: LogOptions { segment_bytes: file.storage.segment_bytes, ..LogOptions::default() },
+        retention: Retention {
+            age_ms: file.storage.retention_hours.saturating_mul(3_600_000).min(i64::MAX as u64) as i64,
+            max_bytes: Some(file.storage.retention_bytes).filter(|b| *b > 0).unwrap_or(u64::MAX),
+            delete_unconsumed: file.storage.delete_unconsumed,
+            clean_ratio: file.storage.disk_clean_ratio,
+            full_ratio: file.storage.disk_full_ratio,
+        },
         host: advertise.parse().unwrap_or(listening),
         new_key: random::secret(),
     };

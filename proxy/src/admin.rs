@@ -10,7 +10,10 @@ use apis::admin::*;
 use apis::brokers::{Brokers, NameServers};
 use apis::context::CallContext;
 use apis::convert::metadata as wire;
-use apis::internal::{GroupLagRequest as BrokerLagRequest, PutMetadataRequest, ReadRequest};
+use apis::internal::{
+    GroupLagRequest as BrokerLagRequest, PutMetadataRequest, QueryRequest, ReadRequest,
+    StoreStateRequest as BrokerStateRequest,
+};
 use apis::status::Error;
 use apis::v2::Code;
 use model::{Group, GroupConfig, Topic, TopicConfig, limits};
@@ -183,6 +186,48 @@ impl<B: Brokers, N: NameServers> FerryAdmin for Admin<B, N> {
             );
         }
         Ok(Response::new(GroupLagReply { queues }))
+    }
+
+    async fn find_messages(
+        &self,
+        r: Request<FindMessagesRequest>,
+    ) -> Result<Response<FindMessagesReply>, Status> {
+        let r = r.into_inner();
+        let topic = topic(&r.topic)?;
+        let view = self.0.routes.refresh().await?;
+        view.topic(&topic).ok_or_else(|| Error::topic_not_found(&topic))?;
+        let (mut messages, mut incomplete) = (Vec::new(), false);
+        for (broker, _) in view.route(&topic) {
+            let request = QueryRequest {
+                topic: topic.as_str().into(),
+                key: r.key.clone(),
+                from_ms: r.from_ms,
+                to_ms: r.to_ms,
+                max_messages: r.max_messages,
+            };
+            let reply = self.0.brokers.query(&broker.name, &CallContext::internal(), request).await?;
+            incomplete |= reply.keys_at < reply.keys_to;
+            let found = reply.messages.into_iter().map(Some);
+            messages.extend(found.map(|message| TailReply { broker: broker.name.clone(), message }));
+        }
+        let stored = |m: &TailReply| m.message.as_ref().map_or(0, |m| m.store_timestamp_ms);
+        match r.key.is_empty() {
+            true => messages.sort_by_key(stored),
+            false => messages.sort_by_key(|m| std::cmp::Reverse(stored(m))),
+        }
+        messages.truncate(r.max_messages.max(1) as usize);
+        Ok(Response::new(FindMessagesReply { messages, incomplete }))
+    }
+
+    async fn store_state(&self, r: Request<StoreStateRequest>) -> Result<Response<StoreStateReply>, Status> {
+        let prune = r.into_inner().prune;
+        let view = self.0.routes.refresh().await?;
+        let mut brokers = Vec::new();
+        for broker in view.brokers.keys() {
+            let request = BrokerStateRequest { prune };
+            brokers.push(self.0.brokers.store_state(broker, &CallContext::internal(), request).await?);
+        }
+        Ok(Response::new(StoreStateReply { brokers }))
     }
 
     type TailStream = Pin<Box<dyn Stream<Item = Result<TailReply, Status>> + Send>>;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use crate::error::{Result, StoreError};
 use crate::fs::Fs;
+use crate::keys::KeyIndex;
 use crate::kv::{Batch, Family, Kv};
 use crate::log::Syncer;
 use crate::queue::Unsynced;
@@ -23,6 +24,8 @@ pub struct Checkpoint {
     pub(crate) batch: Batch,
     pub(crate) unsynced: Unsynced,
     pub(crate) clean: bool,
+    pub(crate) keys: Arc<KeyIndex>,
+    pub(crate) sync_keys: bool,
 }
 
 /// The offset that all derived state covers, and whether the store was stopped cleanly there.
@@ -59,6 +62,10 @@ impl Checkpoint {
         }
         for dir in &self.unsynced.dirs {
             sync_dir(fs, dir)?;
+        }
+        // The key index has its own mark of how far it goes: it may lag, it must not hold up the rest.
+        if let Err(error) = self.keys.write_out(self.sync_keys) {
+            tracing::error!(%error, "the key index could not be written; the next start makes it again");
         }
         let mut batch = self.batch.clone();
         let covered = self.covered.to_be_bytes();

@@ -33,6 +33,8 @@ impl Disk {
             flush,
             log: LogOptions { segment_bytes: 64 << 10, chunk_bytes: 8 << 10, reserve_bytes: 8 << 10 },
             queue_file_entries: 16,
+            key_index: crate::keys::Shape { slots: 64, entries: 1000 },
+            retention: crate::Retention::default(),
             host: ([127, 0, 0, 1], 1).into(),
             new_key: [1; 16],
         };

@@ -5,6 +5,7 @@
 //!  Engine ── the one writer: stages messages and changes, commits them as one group
 //!    ├─ log      CommitLog files: the only truth
 //!    ├─ queue    20-byte entries per queue     ┐ functions of a prefix of the log;
+//!    ├─ keys     where the messages of a key are   │
 //!    ├─ pop      what is in flight, per group  │ each says which prefix it covers
 //!    └─ meta     topics, groups, the key       ┘
 //!  fs, kv ── the seams to disk and RocksDB; both have a memory version that can lose and fail
@@ -17,6 +18,9 @@ pub mod engine;
 mod engine_test;
 pub mod error;
 pub mod fs;
+pub mod import;
+pub mod inspect;
+pub mod keys;
 pub mod kv;
 pub mod log;
 pub mod meta;
@@ -25,5 +29,5 @@ mod model_test;
 pub mod pop;
 pub mod queue;
 
-pub use engine::{Engine, FlushMode, NewMessage, Options, Popped, RecoveryReport};
+pub use engine::{Engine, FlushMode, NewMessage, Options, Popped, RecoveryReport, Retention};
 pub use error::StoreError;

@@ -129,6 +129,8 @@ impl World {
             flush: self.flush,
             log: LogOptions { segment_bytes: 16 << 10, chunk_bytes: 4 << 10, reserve_bytes: 2 << 10 },
             queue_file_entries: 16,
+            key_index: crate::keys::Shape { slots: 64, entries: 1000 },
+            retention: crate::Retention::default(),
             host: ([127, 0, 0, 1], 10911).into(),
             new_key: [9; 16],
         };

@@ -107,6 +107,12 @@ impl Pop {
         Some(Lag { committed: c.committed(), next: c.next, in_flight: c.rows.len() as u64 })
     }
 
+    /// Where every group stands on every queue.
+    pub fn positions(&self) -> impl Iterator<Item = (&CursorKey, Lag)> {
+        let lag = |c: &Cursor| Lag { committed: c.committed(), next: c.next, in_flight: c.rows.len() as u64 };
+        self.cursors.values().map(move |(key, cursor)| (key, lag(cursor)))
+    }
+
     /// The cursors of a group.
     pub fn cursors(&self, group: &Group) -> Vec<CursorKey> {
         let mut keys: Vec<_> = self.ids.keys().filter(|k| k.group == *group).cloned().collect();

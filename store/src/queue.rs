@@ -40,7 +40,8 @@ impl Entry {
         out.extend_from_slice(&self.tag_code.to_be_bytes());
     }
 
-    fn take(b: &[u8]) -> Option<Self> {
+    /// Nothing if none was written there.
+    pub fn decode(b: &[u8]) -> Option<Self> {
         let size = u32::from_be_bytes(b.get(8..12)?.try_into().ok()?);
         let log_offset = u64::from_be_bytes(b.get(..8)?.try_into().ok()?);
         let tag_code = i64::from_be_bytes(b.get(12..20)?.try_into().ok()?);
@@ -73,6 +74,8 @@ pub trait QueueIndex: Send {
     /// Up to `max` entries from an offset on.
     fn read(&self, topic: &Topic, queue: u32, from: u64, max: usize) -> Result<Vec<Entry>>;
     fn delete(&mut self, topic: &Topic) -> Result<()>;
+    /// Forgets entries of messages before a log offset. The next offset of a queue stays, also of an empty one.
+    fn trim(&mut self, log_start: u64) -> Result<()>;
     /// Entries that are only in memory.
     fn buffered(&self) -> usize;
     /// Writes what is only in memory. What was written is remembered as unsynced until it is taken.
@@ -175,6 +178,31 @@ impl FileQueues {
         self.topics.get(topic)?.get(&queue)
     }
 
+    /// The first offset of a queue whose message stands at or after a log offset.
+    fn first_from(&self, topic: &Topic, id: u32, log_start: u64) -> Result<u64> {
+        let bounds = self.bounds(topic, id);
+        let (mut low, mut high) = (bounds.min, bounds.max);
+        while low < high {
+            let middle = low.midpoint(high);
+            // A hole says nothing: the message after it does.
+            let mut at = middle;
+            let mut later = false;
+            while at < high {
+                let entries = self.read(topic, id, at, 64)?;
+                if let Some(entry) = entries.iter().find(|e| !e.is_hole()) {
+                    later = entry.log_offset >= log_start;
+                    break;
+                }
+                at += entries.len().max(1) as u64;
+            }
+            match later || at >= high {
+                true => high = middle,
+                false => low = middle + 1,
+            }
+        }
+        Ok(low)
+    }
+
     fn write_queue(&mut self, topic: &Topic, id: u32) -> Result<()> {
         let Some(queue) = self.topics.get_mut(topic).and_then(|q| q.get_mut(&id)) else { return Ok(()) };
         let dir = self.dir.join(topic.as_str()).join(id.to_string());
@@ -219,7 +247,7 @@ fn count_valid(file: &dyn File, entries: u64, covered: u64) -> std::io::Result<u
     let valid = |i: u64| {
         let mut b = [0; ENTRY_BYTES as usize];
         let n = file.read_at(&mut b, i * ENTRY_BYTES)?;
-        Ok::<_, std::io::Error>(Entry::take(&b[..n]).is_some_and(|e| e.log_offset < covered))
+        Ok::<_, std::io::Error>(Entry::decode(&b[..n]).is_some_and(|e| e.log_offset < covered))
     };
     let (mut low, mut high) = (0, entries);
     while low < high {
@@ -280,7 +308,7 @@ impl QueueIndex for FileQueues {
             let path = || self.dir.join(topic.as_str()).join(id.to_string());
             let bytes = fs::read_exact_at(&**file, len, from * ENTRY_BYTES - base)
                 .map_err(|e| StoreError::io("read", path(), e))?;
-            out.extend(bytes.chunks(ENTRY_BYTES as usize).map(|b| Entry::take(b).unwrap_or(Entry::HOLE)));
+            out.extend(bytes.chunks(ENTRY_BYTES as usize).map(|b| Entry::decode(b).unwrap_or(Entry::HOLE)));
             from = end;
         }
         let skip = from.saturating_sub(queue.written()) as usize;
@@ -298,6 +326,27 @@ impl QueueIndex for FileQueues {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(StoreError::io("removed", dir, e)),
             _ => Ok(()),
         }
+    }
+
+    fn trim(&mut self, log_start: u64) -> Result<()> {
+        let queues = self.topics.iter().flat_map(|(t, queues)| queues.keys().map(|id| (t.clone(), *id)));
+        for (topic, id) in queues.collect::<Vec<_>>() {
+            let min = self.first_from(&topic, id, log_start)?;
+            let file_bytes = self.entries_per_file * ENTRY_BYTES;
+            let Some(queue) = self.topics.get_mut(&topic).and_then(|q| q.get_mut(&id)) else { continue };
+            queue.bounds.min = min;
+            let dir = self.dir.join(topic.as_str()).join(id.to_string());
+            while let Some((base, _)) = queue.files.first_key_value().filter(|_| queue.files.len() > 1) {
+                if (base + file_bytes) / ENTRY_BYTES > min {
+                    break;
+                }
+                let path = dir.join(format!("{base:020}"));
+                self.fs.remove_file(&path).map_err(|e| StoreError::io("removed", &path, e))?;
+                self.unsynced.files.remove(&path);
+                queue.files.pop_first();
+            }
+        }
+        Ok(())
     }
 
     fn buffered(&self) -> usize {

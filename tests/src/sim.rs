@@ -77,6 +77,8 @@ impl Machine {
             flush: FlushMode::Sync,
             log: LogOptions { segment_bytes: 1 << 20, chunk_bytes: 64 << 10, reserve_bytes: 64 << 10 },
             queue_file_entries: 64,
+            key_index: store::keys::Shape { slots: 64, entries: 1000 },
+            retention: store::Retention::default(),
             host: ([127, 0, 0, 1], 10911).into(),
             new_key: [3; 16],
         };
@@ -178,18 +180,7 @@ macro_rules! over_the_wire {
     };
 }
 
-over_the_wire! {
-    append(AppendRequest) -> AppendReply,
-    pop(PopRequest) -> PopReply,
-    ack(AckRequest) -> AckReply,
-    change_invisible(ChangeInvisibleRequest) -> ChangeInvisibleReply,
-    dead_letter(DeadLetterRequest) -> DeadLetterReply,
-    liveness(LivenessRequest) -> LivenessReply,
-    read(ReadRequest) -> ReadReply,
-    metadata(MetadataRequest) -> MetadataReply,
-    put_metadata(PutMetadataRequest) -> PutMetadataReply,
-    group_lag(GroupLagRequest) -> GroupLagReply,
-}
+apis::broker_calls!(over_the_wire);
 
 /// What happened, in order.
 #[derive(Clone, Default)]
@@ -302,8 +293,11 @@ async fn keep_registered(machine: Arc<Machine>, names: LocalNameServer) {
     loop {
         let broker = machine.running.lock().as_ref().map(|(broker, _)| broker.clone());
         if let Some(broker) = broker {
-            let metadata =
-                tokio::time::timeout(Duration::from_secs(1), broker.metadata(MetadataRequest {})).await;
+            let metadata = tokio::time::timeout(
+                Duration::from_secs(1),
+                broker.metadata(&CallContext::internal(), MetadataRequest {}),
+            )
+            .await;
             if let Ok(Ok(metadata)) = metadata {
                 let request = RegisterRequest {
                     cluster: "sim".into(),

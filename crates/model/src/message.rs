@@ -21,6 +21,9 @@ pub const MOVED_FROM: &str = "FERRY_MOVED_FROM";
 
 /// The body is compressed.
 pub const FLAG_COMPRESSED: u32 = 1;
+/// Where in a transaction it is: 0 not at all, prepared, committed, all bits rolled back.
+pub const FLAG_TRANSACTION: u32 = 3 << 2;
+pub const FLAG_PREPARED: u32 = 1 << 2;
 /// The born host is 20 bytes (IPv6).
 pub const FLAG_BORN_HOST_V6: u32 = 1 << 4;
 pub const FLAG_STORE_HOST_V6: u32 = 1 << 5;

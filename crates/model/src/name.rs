@@ -14,7 +14,7 @@ pub const SYSTEM_PREFIX: &str = "rmq_sys_";
 /// The reserved topic whose records are the server's own change records.
 pub const CHANGES_TOPIC: &str = "rmq_sys_ferry_changes";
 
-const SYSTEM_TOPICS: [&str; 10] = [
+pub const SYSTEM_TOPICS: [&str; 10] = [
     "TBW102",
     "SCHEDULE_TOPIC_XXXX",
     "BenchmarkTest",

@@ -105,10 +105,14 @@ pub async fn run(command: BenchCommand) -> anyhow::Result<()> {
     let mut first = client::messaging(&args.remote.endpoint, "bench").await?;
     let queues = route(&mut first, &args).await?;
     let meter = Meter::new()?;
+    let mut attached = Vec::new();
     let mut workers = tokio::task::JoinSet::new();
     let per_connection = args.in_flight.div_ceil(args.connections.max(1));
     for connection in 0..args.connections.max(1) {
-        let client = client::messaging(&args.remote.endpoint, &format!("bench-{connection}")).await?;
+        let mut client = client::messaging(&args.remote.endpoint, &format!("bench-{connection}")).await?;
+        if !matches!(command, BenchCommand::Send(_)) {
+            attached.push(client::attach(&mut client, &args.topic, &args.group, everything()).await?);
+        }
         for worker in 0..per_connection {
             let number = connection * per_connection + worker;
             if number >= args.in_flight {
@@ -318,6 +322,10 @@ async fn acknowledge(client: &mut Messaging, meter: &Meter, args: &BenchArgs, me
     }
 }
 
+fn everything() -> FilterExpression {
+    FilterExpression { r#type: FilterType::Tag.into(), expression: "*".into() }
+}
+
 async fn receive_once(
     client: &mut Messaging,
     args: &BenchArgs,
@@ -326,7 +334,7 @@ async fn receive_once(
     let request = ReceiveMessageRequest {
         group: resource(&args.group),
         message_queue: Some(queue.clone()),
-        filter_expression: Some(FilterExpression { r#type: FilterType::Tag.into(), expression: "*".into() }),
+        filter_expression: Some(everything()),
         batch_size: args.batch as i32,
         invisible_duration: Some(duration(60_000)),
         auto_renew: false,

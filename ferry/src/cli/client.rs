@@ -3,8 +3,12 @@
 use std::time::Duration;
 
 use apis::admin::ferry_admin_client::FerryAdminClient;
+use apis::convert::receive::duration;
 use apis::v2::messaging_service_client::MessagingServiceClient;
-use apis::v2::{Address, AddressScheme, Code, Endpoints, Resource, Status};
+use apis::v2::*;
+use tokio::sync::mpsc;
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::metadata::MetadataValue;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
@@ -56,6 +60,49 @@ pub fn messaging_on(channel: Channel, name: &str) -> Messaging {
 
 pub async fn messaging(endpoint: &str, name: &str) -> anyhow::Result<Messaging> {
     Ok(messaging_on(channel(endpoint).await?, name))
+}
+
+/// What a consumer holds while it works: servers other than FerryMQ serve only clients whose stream is open.
+pub struct Attached {
+    _commands: mpsc::Sender<TelemetryCommand>,
+    _reader: tokio::task::JoinHandle<()>,
+}
+
+/// Says a consumer's settings on a telemetry stream and waits until the server has them.
+pub async fn attach(
+    client: &mut Messaging,
+    topic: &str,
+    group: &str,
+    filter: FilterExpression,
+) -> anyhow::Result<Attached> {
+    let entry = SubscriptionEntry { topic: resource(topic), expression: Some(filter) };
+    let subscription = Subscription {
+        group: resource(group),
+        subscriptions: vec![entry],
+        fifo: Some(false),
+        long_polling_timeout: Some(duration(20_000)),
+        ..Default::default()
+    };
+    let agent = Ua { language: Language::Rust.into(), version: "5.0.0".into(), ..Default::default() };
+    let settings = Settings {
+        client_type: Some(ClientType::SimpleConsumer.into()),
+        request_timeout: Some(duration(3_000)),
+        user_agent: Some(agent),
+        pub_sub: Some(settings::PubSub::Subscription(subscription)),
+        ..Default::default()
+    };
+    let (commands, stream) = mpsc::channel(4);
+    let command = Some(telemetry_command::Command::Settings(settings));
+    commands.send(TelemetryCommand { status: None, command }).await?;
+    let mut answers = client.telemetry(ReceiverStream::new(stream)).await.map_err(failed)?.into_inner();
+    let answer = tokio::time::timeout(Duration::from_secs(5), answers.next()).await;
+    match answer {
+        Ok(Some(answer)) => drop(answer.map_err(failed)?),
+        Ok(None) => anyhow::bail!("the server ended the telemetry stream"),
+        Err(_) => anyhow::bail!("the server did not answer the client's settings within 5 s"),
+    }
+    let reader = tokio::spawn(async move { while let Some(Ok(_)) = answers.next().await {} });
+    Ok(Attached { _commands: commands, _reader: reader })
 }
 
 /// A full name as a resource.

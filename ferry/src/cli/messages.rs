@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use apis::admin::TailRequest;
+use apis::admin::{FindMessagesRequest, TailRequest};
 use apis::convert::receive::{self as convert, timestamp};
 use apis::v2::receive_message_response::Content;
 use apis::v2::*;
@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tokio_stream::StreamExt;
 
 use super::client::{self, Messaging, check, failed, resource};
-use super::{Format, ReceiveArgs, SendArgs, TailArgs, Usage, output};
+use super::{Format, MessageCommand, ReceiveArgs, SendArgs, TailArgs, Usage, output};
 
 /// Messages of one call, and bodies of one call, when many are sent.
 const BATCH: usize = 32;
@@ -134,6 +134,41 @@ fn show(format: Format, broker: &str, m: &Message, receipt: bool) {
     println!("{place}{attempt}{tag}{keys}  {body}");
 }
 
+pub async fn message_command(command: MessageCommand) -> anyhow::Result<()> {
+    let (request, remote) = match command {
+        MessageCommand::Get { topic, id, remote } => {
+            (FindMessagesRequest { topic, key: id, max_messages: 32, ..Default::default() }, remote)
+        }
+        MessageCommand::Find { topic, key, from, to, max, remote } => {
+            if key.is_none() && from.is_none() {
+                let what = "find what? give --key, or --from for a time";
+                return Err(Usage(what.into()).into());
+            }
+            let request = FindMessagesRequest {
+                topic,
+                key: key.unwrap_or_default(),
+                from_ms: from.unwrap_or(0),
+                to_ms: to.unwrap_or(0),
+                max_messages: max,
+            };
+            (request, remote)
+        }
+    };
+    let mut admin = client::admin(&remote.endpoint).await?;
+    let reply = admin.find_messages(request).await.map_err(failed)?.into_inner();
+    if reply.incomplete {
+        eprintln!("keys are being indexed again after a restart: messages may be missing; ask again later");
+    }
+    if reply.messages.is_empty() && remote.output == Format::Table {
+        println!("no such message");
+    }
+    for found in reply.messages {
+        let message = convert::message(found.message.unwrap_or_default(), String::new());
+        show(remote.output, &found.broker, &message, false);
+    }
+    Ok(())
+}
+
 pub async fn tail(args: TailArgs) -> anyhow::Result<()> {
     let mut admin = client::admin(&args.remote.endpoint).await?;
     let request = TailRequest { topic: args.topic.clone(), from_beginning: args.from_beginning };
@@ -161,6 +196,8 @@ pub async fn receive(args: ReceiveArgs) -> anyhow::Result<()> {
     check(route.status.as_ref())?;
     let mut brokers: Vec<Broker> = route.message_queues.iter().filter_map(|q| q.broker.clone()).collect();
     brokers.dedup_by(|a, b| a.name == b.name);
+    let filter = FilterExpression { r#type: FilterType::Tag.into(), expression: args.filter.clone() };
+    let _attached = client::attach(&mut client, &args.topic, &args.group, filter).await?;
     let wait = Duration::from_secs(args.wait.max(1));
     let until = tokio::time::Instant::now() + wait;
     let mut got = 0;
@@ -201,6 +238,7 @@ async fn poll(
     let filter = FilterExpression { r#type: FilterType::Tag.into(), expression: args.filter.clone() };
     let queue =
         MessageQueue { topic: resource(&args.topic), broker: Some(broker.clone()), ..Default::default() };
+    let long = left.as_millis() as i64 >= model::limits::POLL_MIN_MS;
     let request = ReceiveMessageRequest {
         group: resource(&args.group),
         message_queue: Some(queue),
@@ -208,11 +246,13 @@ async fn poll(
         batch_size,
         invisible_duration: Some(convert::duration(args.invisible as i64 * 1000)),
         auto_renew: false,
-        long_polling_timeout: None,
+        long_polling_timeout: long.then(|| convert::duration(left.as_millis() as i64)),
         attempt_id: None,
     };
     let mut request = tonic::Request::new(request);
-    request.set_timeout(left.max(Duration::from_millis(200)));
+    // As the official clients do: the polling time and what an answer may take. A shorter wait is said by the deadline.
+    let answer = Duration::from_secs(3);
+    request.set_timeout(if long { left + answer } else { left.max(Duration::from_millis(200)) });
     let stream = client.receive_message(request).await.map_err(failed)?.into_inner();
     let frames: Vec<_> = stream.collect::<Result<_, _>>().await.map_err(failed)?;
     let mut messages = Vec::new();

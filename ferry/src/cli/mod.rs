@@ -5,6 +5,7 @@ mod bench;
 mod client;
 mod messages;
 mod output;
+mod store;
 
 use std::path::PathBuf;
 
@@ -58,6 +59,12 @@ pub enum Command {
     Tail(TailArgs),
     /// Receive messages as a member of a group
     Receive(ReceiveArgs),
+    /// Messages by id, key or time
+    #[command(subcommand)]
+    Message(MessageCommand),
+    /// What is stored: look at it, verify it, take over Apache RocketMQ's
+    #[command(subcommand)]
+    Store(store::StoreCommand),
     /// Measure a server of the protocol
     #[command(subcommand)]
     Bench(bench::BenchCommand),
@@ -183,6 +190,47 @@ pub enum GroupCommand {
     },
 }
 
+#[derive(Subcommand)]
+pub enum MessageCommand {
+    /// The messages with this message id; more than one if it was delivered again
+    Get {
+        topic: String,
+        id: String,
+        #[command(flatten)]
+        remote: Remote,
+    },
+    /// Messages with a key, or of a time
+    Find {
+        topic: String,
+        #[arg(long)]
+        key: Option<String>,
+        /// Stored from then on: 2026-11-21T08:00:00Z, or 2h for two hours ago
+        #[arg(long, value_parser = moment)]
+        from: Option<i64>,
+        /// Stored up to then
+        #[arg(long, value_parser = moment)]
+        to: Option<i64>,
+        /// At most this many
+        #[arg(long, short = 'n', default_value_t = 32)]
+        max: u32,
+        #[command(flatten)]
+        remote: Remote,
+    },
+}
+
+/// Milliseconds since 1970 of a point in time, or of a duration before now.
+fn moment(text: &str) -> Result<i64, String> {
+    let ms = |t: std::time::SystemTime| {
+        t.duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_millis() as i64)
+    };
+    if let Ok(ago) = humantime::parse_duration(text) {
+        return Ok(ms(std::time::SystemTime::now()) - ago.as_millis() as i64);
+    }
+    humantime::parse_rfc3339_weak(text).map(ms).map_err(|_| {
+        format!("{text:?} is neither a time like 2026-11-21T08:00:00Z nor a duration like 2h or 30m")
+    })
+}
+
 #[derive(Args)]
 pub struct SendArgs {
     pub topic: String,
@@ -253,6 +301,8 @@ pub async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Send(args) => messages::send(args).await,
         Command::Tail(args) => messages::tail(args).await,
         Command::Receive(args) => messages::receive(args).await,
+        Command::Message(command) => messages::message_command(command).await,
+        Command::Store(command) => store::run(command).await,
         Command::Bench(command) => bench::run(command).await,
     }
 }

@@ -278,6 +278,40 @@ impl Engine {
         Ok(())
     }
 
+    /// Copies what waits in a retry topic of another broker's naming to where it is looked for here; how many.
+    pub fn adopt_retries(&mut self, from: &Topic, group: &Group, offset: u64, now: Timestamp) -> Result<u64> {
+        let mut adopted = 0;
+        for queue in self.index.queues(from) {
+            let cursor = CursorKey { group: group.clone(), topic: from.clone(), queue };
+            let bounds = self.index.bounds(from, queue);
+            for offset in offset.max(bounds.min)..bounds.max {
+                let Some(record) = self.record(&cursor, offset)? else { continue };
+                let named =
+                    from.as_str().strip_prefix(RETRY_PREFIX).and_then(|r| r.strip_prefix(group.as_str()));
+                let named = named.and_then(|r| r.strip_prefix('_')).map(str::to_owned);
+                let origin = record.property(message::RETRY_TOPIC).map(str::to_owned).or(named);
+                let Some(origin) = origin else { continue };
+                let mut properties = record.sent_properties().to_vec();
+                if record.property(message::RETRY_TOPIC).is_none() {
+                    put_property(&mut properties, message::RETRY_TOPIC, &origin);
+                }
+                let topic = Topic::retry(group, &Topic::stored(&origin));
+                let message = NewMessage {
+                    queue: 0,
+                    body: record.body.clone(),
+                    properties: properties.into(),
+                    sys_flag: record.sys_flag,
+                    born_timestamp_ms: record.born_timestamp_ms,
+                    born_host: record.born_host,
+                };
+                self.room_for(record_len(&topic, &message, self.options.host) as u64, Room::Messages)?;
+                self.stage(&topic, &message, record.reconsume_times, now);
+                adopted += 1;
+            }
+        }
+        Ok(adopted)
+    }
+
     fn record(&mut self, cursor: &CursorKey, offset: u64) -> Result<Option<Record>> {
         let entries = self.index.read(&cursor.topic, cursor.queue, offset, 1)?;
         let Some(entry) = entries.first().filter(|e| !e.is_hole()) else { return Ok(None) };

@@ -5,6 +5,7 @@
 //! seen by `pop` before the commit. After a failed commit nothing staged has happened.
 
 mod consume;
+mod retain;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -17,16 +18,21 @@ use model::name::{CHANGES_TOPIC, RETRY_PREFIX};
 use model::{Group, GroupConfig, ReceiptKey, Timestamp, Topic, TopicConfig, hash};
 
 pub use self::consume::{NEW_GROUP_BACKLOG_MAX_BYTES, PopRequest, Popped};
+pub use self::retain::{Retention, Retired, State};
 use crate::change::{self, Change, CursorKey, Writer};
 use crate::checkpoint::{self, Checkpoint, Failed, Outcome};
 use crate::error::{Result, StoreError};
-use crate::fs::Fs;
+use crate::fs::{Fs, Space};
+use crate::keys::{self, KeyEntry, KeyIndex};
 use crate::kv::{Batch, Kv};
 use crate::log::record::{self, NewRecord, Place, Record};
 use crate::log::{Group as LogGroup, Log, LogOptions, LogReader, Room, Scan, Syncer};
 use crate::meta::Meta;
 use crate::pop::{Lag, Pop};
 use crate::queue::{Bounds, Entry, FileQueues, QueueIndex};
+
+/// Log written between two syncs of the key index: what a crash makes it read again, in the background.
+const KEYS_SYNC_BYTES: u64 = 1 << 30;
 
 /// Version of everything under the data folder.
 pub const FORMAT: u32 = 1;
@@ -47,6 +53,9 @@ pub struct Options {
     pub log: LogOptions,
     /// Entries of one file of the queue index ([`crate::queue::ENTRIES_PER_FILE`]).
     pub queue_file_entries: u64,
+    /// Sizes of one file of the key index.
+    pub key_index: keys::Shape,
+    pub retention: Retention,
     /// The address that records carry as their store host.
     pub host: SocketAddr,
     /// The receipt key of a new store.
@@ -99,6 +108,7 @@ struct Staged {
     entries: Vec<(Topic, u32, u64, Entry)>,
     /// Messages staged per queue.
     counts: HashMap<(Topic, u32), u64>,
+    keys: Vec<KeyEntry>,
 }
 
 pub struct Engine {
@@ -108,6 +118,8 @@ pub struct Engine {
     log: Log,
     reader: LogReader,
     index: FileQueues,
+    keys: Arc<KeyIndex>,
+    new_keys: Vec<KeyEntry>,
     pop: Pop,
     meta: Meta,
     staged: Staged,
@@ -123,6 +135,11 @@ pub struct Engine {
     last_store_ms: i64,
     unreadable: u64,
     checkpoints_stopped: bool,
+    /// The disk as it was seen last, and whether it is too full for messages.
+    disk: Option<Space>,
+    over_full: bool,
+    /// The log's end when the key index was last asked to sync.
+    keys_asked: u64,
     key: ReceiptKey,
     _lock: Box<dyn std::any::Any + Send + Sync>,
 }
@@ -175,12 +192,16 @@ impl Engine {
         let queues = options.dir.join("consumequeue");
         let index =
             FileQueues::open(fs.clone(), &queues, options.queue_file_entries, covered.offset, covered.clean)?;
+        let dir = options.dir.join("index");
+        let keys = KeyIndex::open(fs.clone(), kv.clone(), &dir, options.key_index, covered.clean)?;
         let pop = Pop::load(&*kv, now)?;
         let meta = Meta::load(&*kv)?;
         let mut engine = Self {
             reader: log.reader(),
             log,
             index,
+            keys: Arc::new(keys),
+            new_keys: Vec::new(),
             pop,
             meta,
             staged: Staged::default(),
@@ -192,6 +213,9 @@ impl Engine {
             last_store_ms: now.0,
             unreadable: 0,
             checkpoints_stopped: false,
+            disk: None,
+            over_full: false,
+            keys_asked: covered.offset,
             key: ReceiptKey(options.new_key),
             _lock: lock,
             options,
@@ -200,6 +224,8 @@ impl Engine {
         };
         let mut report = engine.replay(covered.offset)?;
         report.clean = covered.clean;
+        engine.keys.follow(engine.log.start(), report.end);
+        engine.index.trim(engine.log.start())?;
         match engine.meta.key() {
             Some(key) => engine.key = key,
             None => {
@@ -243,7 +269,13 @@ impl Engine {
         let topic = Topic::stored(&r.topic);
         let tag_code = hash::tag_code(r.property(message::TAGS));
         let entry = Entry { log_offset: r.log_offset, size: r.size, tag_code };
-        self.index.append(&topic, r.queue, r.queue_offset, entry);
+        // Half messages and rollbacks of another broker have no place in a queue.
+        if !matches!(
+            r.sys_flag & message::FLAG_TRANSACTION,
+            message::FLAG_PREPARED | message::FLAG_TRANSACTION
+        ) {
+            self.index.append(&topic, r.queue, r.queue_offset, entry);
+        }
         if let Some(settled) = consume::moved_from(&topic, r) {
             self.apply(&settled)?;
         }
@@ -329,6 +361,21 @@ impl Engine {
         self.unreadable
     }
 
+    /// Queues of a topic that ever had a message.
+    pub fn queues(&self, topic: &Topic) -> Vec<(u32, Bounds)> {
+        let queues = self.index.queues(topic).into_iter();
+        queues.map(|queue| (queue, self.index.bounds(topic, queue))).collect()
+    }
+
+    pub fn keys(&self) -> Arc<KeyIndex> {
+        self.keys.clone()
+    }
+
+    /// Log offsets of messages that are not in the key index yet, newest first.
+    pub fn new_keys(&self, hash: u32) -> Vec<u64> {
+        self.new_keys.iter().rev().filter(|e| e.hash == hash).map(|e| e.log_offset).collect()
+    }
+
     pub fn bounds(&self, topic: &Topic, queue: u32) -> Bounds {
         self.index.bounds(topic, queue)
     }
@@ -350,6 +397,9 @@ impl Engine {
         let segment = self.options.log.segment_bytes;
         if bytes + record::BLANK_BYTES > segment {
             return Err(StoreError::RecordTooLarge { size: bytes, segment });
+        }
+        if self.over_full && room == Room::Messages {
+            return Err(StoreError::DiskFull { path: self.options.dir.clone() });
         }
         let staged = self.staged.group.as_ref().map_or(0, LogGroup::bytes);
         // A record that rolls to the next file leaves less than its own size unused.
@@ -380,6 +430,10 @@ impl Engine {
         let size = record::encode(group.buffer(size), &new, place);
         let tag_code = hash::tag_code(message::property(&m.properties, message::TAGS));
         let entry = Entry { log_offset, size, tag_code };
+        let (stored_ms, keys) = (self.last_store_ms, &mut self.staged.keys);
+        keys::keys_of(topic.as_str(), &m.properties, |hash| {
+            keys.push(KeyEntry { hash, log_offset, stored_ms })
+        });
         self.staged.entries.push((topic.clone(), m.queue, queue_offset, entry));
         Stored { queue: m.queue, queue_offset, log_offset }
     }
@@ -393,6 +447,7 @@ impl Engine {
         } else {
             self.log.check()?;
         }
+        self.new_keys.extend(staged.keys);
         let mut topics = Vec::new();
         for (topic, queue, offset, entry) in staged.entries {
             self.index.append(&topic, queue, offset, entry);
@@ -440,6 +495,18 @@ impl Engine {
         }
     }
 
+    /// The message at a place of a queue.
+    pub fn message(&self, topic: &Topic, queue: u32, offset: u64) -> Option<Record> {
+        let entries = self.index.read(topic, queue, offset, 1).ok()?;
+        let entry = entries.first().filter(|e| !e.is_hole())?;
+        self.reader.read(entry.log_offset, entry.size).ok()
+    }
+
+    /// Takes changes over as they are: of a store that is imported.
+    pub fn take_over(&mut self, changes: Vec<Change>) {
+        changes.into_iter().for_each(|change| self.change(change));
+    }
+
     /// Takes a change of topics or groups, if it is news.
     pub fn put_meta(&mut self, change: Change) {
         if self.meta.is_news(&change) {
@@ -483,7 +550,13 @@ impl Engine {
         let mut batch = Batch::default();
         self.meta.checkpoint(&mut batch);
         self.pop.checkpoint(&mut batch);
-        Ok(Checkpoint { covered: self.log.end(), batch, unsynced, clean })
+        self.keys.stage(&mut self.new_keys, self.log.end());
+        let sync_keys = clean || self.log.end() - self.keys_asked > KEYS_SYNC_BYTES;
+        if sync_keys {
+            self.keys_asked = self.log.end();
+        }
+        let keys = self.keys.clone();
+        Ok(Checkpoint { covered: self.log.end(), batch, unsynced, clean, keys, sync_keys })
     }
 
     pub fn checkpoint_written(&mut self, outcome: Outcome) {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::{File, Fs};
+use super::{File, Fs, Space};
 use crate::log::map::Map;
 
 const SECTOR: u64 = 512;
@@ -29,6 +29,7 @@ struct Disk {
     fault: Option<Fault>,
     /// Bytes that may still be allocated.
     room: Option<u64>,
+    space: Option<Space>,
 }
 
 #[derive(Default)]
@@ -59,6 +60,11 @@ impl MemFs {
 
     pub fn set_room(&self, bytes: Option<u64>) {
         self.0.lock().room = bytes;
+    }
+
+    /// What the disk says of itself.
+    pub fn set_space(&self, space: Option<Space>) {
+        self.0.lock().space = space;
     }
 
     /// The machine loses its power: of every sector that was not synced, `keep` decides whether it got to the disk.
@@ -130,6 +136,10 @@ impl Fs for MemFs {
         Ok(Arc::new(MemFile { disk: self.0.clone(), content }))
     }
 
+    fn open_read(&self, path: &Path) -> io::Result<Arc<dyn File>> {
+        self.open(path, false)
+    }
+
     fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
         let disk = self.0.lock();
         let names: BTreeSet<String> = disk
@@ -160,6 +170,10 @@ impl Fs for MemFs {
             }
         }
         Ok(())
+    }
+
+    fn space(&self, _dir: &Path) -> io::Result<Option<Space>> {
+        Ok(self.0.lock().space)
     }
 
     fn lock(&self, path: &Path) -> io::Result<Box<dyn Any + Send + Sync>> {

@@ -14,9 +14,26 @@ pub use os::OsFs;
 
 use crate::log::map::Map;
 
+/// The disk that a folder is on, bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Space {
+    pub total: u64,
+    /// What may still be written.
+    pub free: u64,
+}
+
+impl Space {
+    /// The used part, 0 to 1.
+    pub fn used(self) -> f64 {
+        if self.total == 0 { 0.0 } else { 1.0 - self.free as f64 / self.total as f64 }
+    }
+}
+
 pub trait Fs: Send + Sync + 'static {
     /// Opens for reading and writing; makes the file if `create`.
     fn open(&self, path: &Path, create: bool) -> io::Result<Arc<dyn File>>;
+    /// Opens for reading only: what is not ours is never changed.
+    fn open_read(&self, path: &Path) -> io::Result<Arc<dyn File>>;
     /// Names in a folder, sorted; none if there is no such folder.
     fn list(&self, dir: &Path) -> io::Result<Vec<String>>;
     fn create_dir(&self, dir: &Path) -> io::Result<()>;
@@ -24,6 +41,8 @@ pub trait Fs: Send + Sync + 'static {
     fn remove_dir(&self, dir: &Path) -> io::Result<()>;
     /// Makes creations and removals in the folder durable.
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
+    /// None where there is no such thing as a disk.
+    fn space(&self, dir: &Path) -> io::Result<Option<Space>>;
     /// An exclusive lock, held until the value is dropped; `WouldBlock` if another process has it.
     fn lock(&self, path: &Path) -> io::Result<Box<dyn Any + Send + Sync>>;
 }

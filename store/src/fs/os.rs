@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use rustix::fs::FallocateFlags;
 
-use super::{File, Fs};
+use super::{File, Fs, Space};
 use crate::log::map::{self, Map};
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -19,6 +19,10 @@ impl Fs for OsFs {
     fn open(&self, path: &Path, create: bool) -> io::Result<Arc<dyn File>> {
         let file = fs::OpenOptions::new().read(true).write(true).create(create).truncate(false).open(path)?;
         Ok(Arc::new(OsFile(file)))
+    }
+
+    fn open_read(&self, path: &Path) -> io::Result<Arc<dyn File>> {
+        Ok(Arc::new(OsFile(fs::File::open(path)?)))
     }
 
     fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
@@ -49,6 +53,11 @@ impl Fs for OsFs {
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
         fs::File::open(dir)?.sync_all()
+    }
+
+    fn space(&self, dir: &Path) -> io::Result<Option<Space>> {
+        let disk = rustix::fs::statvfs(dir)?;
+        Ok(Some(Space { total: disk.f_blocks * disk.f_frsize, free: disk.f_bavail * disk.f_frsize }))
     }
 
     fn lock(&self, path: &Path) -> io::Result<Box<dyn Any + Send + Sync>> {

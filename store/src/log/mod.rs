@@ -6,6 +6,7 @@
 pub mod map;
 pub mod record;
 mod recovery;
+pub mod walk;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -56,6 +57,8 @@ struct Shared {
     /// Bases of the files written to since their last sync.
     dirty: Mutex<BTreeSet<u64>>,
     end: AtomicU64,
+    /// What lies below came from another broker's log: its records may lack the whole-record checksum.
+    imported: u64,
     /// What lies below was written by an earlier process: reading it verifies it.
     opened_at: AtomicU64,
     flushed: AtomicU64,
@@ -83,6 +86,11 @@ impl Shared {
         self.poisoned.store(true, Ordering::Release);
         tracing::error!(%error, "the store acknowledges nothing any more");
         error
+    }
+
+    /// How a record of an earlier process is verified.
+    fn check_at(&self, offset: u64) -> Check {
+        if offset < self.imported { Check::WholeOrBody } else { Check::Whole }
     }
 
     fn segment(&self, offset: u64) -> Option<Arc<Segment>> {
@@ -211,9 +219,12 @@ impl Log {
                 what: "the file is missing; restore it, or the log after it is lost".into(),
             });
         }
-        let flushed_path = dir.with_file_name("flushed");
+        let flushed_path = dir.with_file_name(FLUSHED_FILE);
         let flushed_file = fs.open(&flushed_path, true).map_err(failed("opened", &flushed_path))?;
-        let flushed = read_flushed(&*flushed_file).map_err(failed("read", &flushed_path))?;
+        let flushed = decode_mark(&*flushed_file, FLUSHED_MAGIC).map_err(failed("read", &flushed_path))?;
+        let imported_path = dir.with_file_name(IMPORTED_FILE);
+        let imported =
+            read_mark(&*fs, &imported_path, IMPORTED_MAGIC).map_err(failed("read", &imported_path))?;
         let end = segments.keys().next().copied().unwrap_or(0);
         let shared = Shared {
             fs,
@@ -222,6 +233,7 @@ impl Log {
             segments: RwLock::new(segments),
             dirty: Mutex::default(),
             end: AtomicU64::new(end),
+            imported,
             opened_at: AtomicU64::new(u64::MAX),
             flushed: AtomicU64::new(flushed),
             poisoned: AtomicBool::new(false),
@@ -238,6 +250,18 @@ impl Log {
 
     pub fn start(&self) -> u64 {
         self.shared.segments.read().keys().next().copied().unwrap_or(0)
+    }
+
+    /// Where the second file begins: the first may go if there is one.
+    pub fn second(&self) -> Option<u64> {
+        self.shared.segments.read().keys().nth(1).copied()
+    }
+
+    /// Takes the first file out of the log, unless it is the last; its path. Readers that hold bytes of it keep them.
+    pub fn retire_first(&mut self) -> Option<PathBuf> {
+        self.second()?;
+        let (base, _) = self.shared.segments.write().pop_first()?;
+        Some(segment_path(&self.shared.dir, base))
     }
 
     pub fn end(&self) -> u64 {
@@ -347,7 +371,38 @@ impl LogReader {
         let hot = self.is_hot(offset);
         let data = self.bytes(offset, size as usize, hot).map_err(|_| RecordError::NotARecord)?;
         let own = offset >= self.0.opened_at.load(Ordering::Relaxed);
-        record::decode(&data, offset, if own { Check::Shape } else { Check::Whole })
+        record::decode(&data, offset, if own { Check::Shape } else { self.0.check_at(offset) })
+    }
+
+    /// Reads the record at an offset, whatever its size.
+    pub fn read_at(&self, offset: u64) -> std::result::Result<Record, RecordError> {
+        let head = self.bytes(offset, record::BLANK_BYTES as usize, false);
+        let size = record::peek(&head.map_err(|_| RecordError::NotARecord)?)?;
+        self.read(offset, size)
+    }
+
+    /// Reads records from `from` on, until `to` or until `budget` bytes have been read; where to go on. Damage is
+    /// stepped over.
+    pub fn walk(&self, from: u64, to: u64, budget: u64, mut each: impl FnMut(&Record)) -> Result<u64> {
+        let mut at = from.max(self.0.segments.read().keys().next().copied().unwrap_or(0));
+        let stop = to.min(from.saturating_add(budget)).min(self.end());
+        while at < stop {
+            let Some(segment) = self.0.segment(at) else { return Ok(to) };
+            let end = segment.base + self.0.segment_bytes;
+            let mut walk = walk::Walk::new(segment.file.clone(), segment.base, self.0.segment_bytes);
+            let failed = |e| StoreError::io("read", segment_path(&self.0.dir, segment.base), e);
+            while at < stop.min(end) {
+                match walk.step(at, self.0.check_at(at)).map_err(failed)? {
+                    walk::Step::Record(r) => {
+                        each(&r);
+                        at += u64::from(r.size);
+                    }
+                    walk::Step::Damage { to, .. } => at = to,
+                    walk::Step::End { .. } => at = end,
+                }
+            }
+        }
+        Ok(at.min(to.max(from)))
     }
 
     fn bytes(&self, offset: u64, len: usize, mapped: bool) -> io::Result<Bytes> {
@@ -387,26 +442,58 @@ impl Syncer {
         }
         self.0.flushed.store(end, Ordering::Release);
         // Only a hint for recovery, so it is not synced itself: what it says is true whenever it is read.
-        let _ = self.0.flushed_file.write_at(&encode_flushed(end), 0);
+        let _ = self.0.flushed_file.write_at(&encode_mark(FLUSHED_MAGIC, end), 0);
         Ok(end)
     }
 }
 
+/// Beside the log folder: how far it was synced, and how far it came from another broker.
+pub const FLUSHED_FILE: &str = "flushed";
+pub const IMPORTED_FILE: &str = "imported";
 const FLUSHED_MAGIC: &[u8; 4] = b"FMF1";
+const IMPORTED_MAGIC: &[u8; 4] = b"FMI1";
 
-/// `FMF1`, offset (8, big-endian), CRC-32 of both (4).
-fn encode_flushed(offset: u64) -> [u8; 16] {
+/// Magic, offset (8, big-endian), CRC-32 of both (4).
+fn encode_mark(magic: &[u8; 4], offset: u64) -> [u8; 16] {
     let mut out = [0; 16];
-    out[..4].copy_from_slice(FLUSHED_MAGIC);
+    out[..4].copy_from_slice(magic);
     out[4..12].copy_from_slice(&offset.to_be_bytes());
     let crc = crc32fast::hash(&out[..12]);
     out[12..].copy_from_slice(&crc.to_be_bytes());
     out
 }
 
-fn read_flushed(file: &dyn File) -> io::Result<u64> {
+fn decode_mark(file: &dyn File, magic: &[u8; 4]) -> io::Result<u64> {
     let mut buf = [0; 16];
     let n = file.read_at(&mut buf, 0)?;
     let offset = record::get64(&buf, 4).unwrap_or(0);
-    Ok(if n == 16 && buf == encode_flushed(offset) { offset } else { 0 })
+    Ok(if n == 16 && buf == encode_mark(magic, offset) { offset } else { 0 })
+}
+
+fn read_mark(fs: &dyn Fs, path: &Path, magic: &[u8; 4]) -> io::Result<u64> {
+    match fs.open_read(path) {
+        Ok(file) => decode_mark(&*file, magic),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(0),
+        Err(e) => Err(e),
+    }
+}
+
+/// How far the log in a data folder is known to be on the disk.
+pub fn flushed_of(fs: &dyn Fs, data: &Path) -> io::Result<u64> {
+    read_mark(fs, &data.join(FLUSHED_FILE), FLUSHED_MAGIC)
+}
+
+/// Up to where the log in a data folder was taken over from another broker.
+pub fn imported_of(fs: &dyn Fs, data: &Path) -> io::Result<u64> {
+    read_mark(fs, &data.join(IMPORTED_FILE), IMPORTED_MAGIC)
+}
+
+/// Marks the log of a data folder that is not open as taken over, and as durable, up to `end`.
+pub fn mark_imported(fs: &dyn Fs, data: &Path, end: u64) -> io::Result<()> {
+    for (name, magic) in [(IMPORTED_FILE, IMPORTED_MAGIC), (FLUSHED_FILE, FLUSHED_MAGIC)] {
+        let file = fs.open(&data.join(name), true)?;
+        file.write_at(&encode_mark(magic, end), 0)?;
+        file.sync()?;
+    }
+    fs.sync_dir(data)
 }

@@ -4,9 +4,8 @@
 //! damage; it is skipped, counted and reported. Above it, the first record that cannot be read is the torn tail
 //! of a crash: the log is cut exactly there.
 
-use bytes::Bytes;
-
-use super::record::{self, Check, Record, RecordError};
+use super::record::{self, Record, RecordError};
+use super::walk::Walk;
 use super::{Log, segment_path};
 use crate::error::{Result, StoreError};
 use crate::fs;
@@ -27,15 +26,13 @@ pub struct ScanEnd {
 pub struct Scan<'a> {
     log: &'a Log,
     at: u64,
-    window: Bytes,
-    window_at: u64,
+    walk: Option<Walk>,
     damaged: Vec<u64>,
 }
 
 impl<'a> Scan<'a> {
     pub fn new(log: &'a Log, from: u64) -> Self {
-        let at = from.max(log.start());
-        Self { log, at, window: Bytes::new(), window_at: at, damaged: Vec::new() }
+        Self { log, at: from.max(log.start()), walk: None, damaged: Vec::new() }
     }
 
     /// The next record, or nothing at the end of the log.
@@ -43,82 +40,35 @@ impl<'a> Scan<'a> {
         let segment_bytes = self.log.shared.segment_bytes;
         loop {
             let base = self.at - self.at % segment_bytes;
-            if !self.log.shared.segments.read().contains_key(&base) {
-                return Ok(None);
-            }
-            if base + segment_bytes - self.at < record::BLANK_BYTES {
-                self.at = base + segment_bytes;
+            let Some(segment) = self.log.shared.segments.read().get(&base).cloned() else { return Ok(None) };
+            let end = base + segment_bytes;
+            if end - self.at < record::BLANK_BYTES {
+                self.at = end;
                 continue;
             }
-            match self.decode_at(self.at)? {
+            let walk = match &mut self.walk {
+                Some(walk) if walk.end() == end => walk,
+                walk => walk.insert(Walk::new(segment.file.clone(), base, segment_bytes)),
+            };
+            let failed = |e| StoreError::io("read", segment_path(&self.log.shared.dir, base), e);
+            let flushed = self.log.flushed();
+            match walk.decode_at(self.at, self.log.shared.check_at(self.at)).map_err(failed)? {
                 Ok(record) => {
                     self.at += u64::from(record.size);
                     return Ok(Some(record));
                 }
-                Err(RecordError::Blank) => self.at = base + segment_bytes,
-                Err(_) if self.at < self.log.flushed() => self.skip_damage(base + segment_bytes)?,
+                Err(RecordError::Blank) => self.at = end,
+                Err(_) if self.at < flushed => {
+                    self.damaged.push(self.at);
+                    tracing::error!(offset = self.at, "damaged record below the flushed offset: skipped");
+                    let limit = end.min(flushed);
+                    let next = walk.next_start(self.at, limit, self.log.shared.check_at(self.at));
+                    // Nothing readable before the flushed offset: go on from there (the next file, or the tail).
+                    self.at = next.map_err(failed)?.unwrap_or(limit.max(self.at + 1));
+                }
                 Err(_) => return Ok(None),
             }
         }
-    }
-
-    /// Steps over bytes that were a record once, to the next place where one begins.
-    fn skip_damage(&mut self, segment_end: u64) -> Result<()> {
-        self.damaged.push(self.at);
-        tracing::error!(offset = self.at, "damaged record below the flushed offset: skipped");
-        let limit = segment_end.min(self.log.flushed());
-        let mut at = self.at + 1;
-        while at + record::BLANK_BYTES < limit {
-            let head = self.peek(at, 36)?;
-            let is_start = match record::peek(&head) {
-                Ok(_) => record::get64(&head, record::PHYSICAL_OFFSET_AT) == Some(at),
-                Err(RecordError::Blank) => {
-                    u64::from(u32::from_be_bytes([head[0], head[1], head[2], head[3]])) == segment_end - at
-                }
-                Err(_) => false,
-            };
-            if is_start
-                && !matches!(self.decode_at(at)?, Err(RecordError::NotARecord | RecordError::Checksum))
-            {
-                break;
-            }
-            at += 1;
-        }
-        // Nothing readable before the flushed offset: go on from there (the next file, or the tail).
-        self.at = if at + record::BLANK_BYTES < limit { at } else { limit.max(self.at + 1) };
-        Ok(())
-    }
-
-    fn decode_at(&mut self, at: u64) -> Result<std::result::Result<Record, RecordError>> {
-        let head = self.peek(at, 8)?;
-        let size = match record::peek(&head) {
-            Ok(size) => size,
-            Err(e) => return Ok(Err(e)),
-        };
-        let data = self.peek(at, size as usize)?;
-        Ok(record::decode(&data, at, Check::Whole))
-    }
-
-    /// Up to `len` bytes at an offset; never past the end of its file.
-    fn peek(&mut self, at: u64, len: usize) -> Result<Bytes> {
-        let segment_bytes = self.log.shared.segment_bytes;
-        let base = at - at % segment_bytes;
-        let len = len.min((base + segment_bytes - at) as usize);
-        let inside = at >= self.window_at && at + len as u64 <= self.window_at + self.window.len() as u64;
-        if !inside {
-            let want = len.max(WINDOW_BYTES).min((base + segment_bytes - at) as usize);
-            let segment = self.log.shared.segments.read().get(&base).cloned();
-            let segment = segment.ok_or_else(|| StoreError::Damaged {
-                path: segment_path(&self.log.shared.dir, base),
-                what: "the file is missing".into(),
-            })?;
-            let read = fs::read_exact_at(&*segment.file, want, at - base);
-            let path = || segment_path(&self.log.shared.dir, base);
-            self.window = Bytes::from(read.map_err(|e| StoreError::io("read", path(), e))?);
-            self.window_at = at;
-        }
-        let from = (at - self.window_at) as usize;
-        Ok(self.window.slice(from..from + len))
     }
 
     pub fn finish(self) -> ScanEnd {
