@@ -10,6 +10,7 @@ use apis::internal::broker_service_server::BrokerServiceServer;
 use model::{Clock, limits};
 use runtime::net;
 use store::fs::Fs;
+use store::keys::Shape;
 use store::kv::Kv;
 use store::log::LogOptions;
 use store::{Engine, FlushMode, Options, RecoveryReport, Retention, StoreError};
@@ -32,6 +33,8 @@ pub struct BrokerConfig {
     pub flush: FlushMode,
     pub log: LogOptions,
     pub retention: Retention,
+    /// Sizes of one file of the key index.
+    pub key_index: Shape,
     /// The address in records and routes.
     pub host: SocketAddr,
     /// The receipt key of a new store: 16 random bytes.
@@ -57,7 +60,7 @@ impl Node {
             flush: config.flush,
             log: config.log,
             queue_file_entries: store::queue::ENTRIES_PER_FILE,
-            key_index: store::keys::Shape::default(),
+            key_index: config.key_index,
             retention: config.retention,
             host: config.host,
             new_key: config.new_key,

@@ -11,6 +11,7 @@ use namesrv::LocalNameServer;
 use proxy::{Proxy, ProxyConfig};
 use runtime::{net, random, shutdown, telemetry, tls};
 use store::fs::OsFs;
+use store::keys::Shape;
 use store::log::LogOptions;
 use store::{FlushMode, Retention};
 
@@ -86,6 +87,7 @@ fn config(data: &Path, address: SocketAddr, flush: FlushMode) -> BrokerConfig {
         log: LogOptions::default(),
         // A developer's disk may be as full as it likes; what is older than three days and consumed goes.
         retention: Retention { clean_ratio: 1.0, full_ratio: 1.0, ..Retention::default() },
+        key_index: Shape::default(),
         host: address,
         new_key: random::secret(),
     }

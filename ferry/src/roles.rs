@@ -15,6 +15,7 @@ use proxy::{Proxy, ProxyConfig};
 use runtime::{config, net, random, shutdown, telemetry, tls};
 use serde::Deserialize;
 use store::fs::OsFs;
+use store::keys::Shape;
 use store::kv::{Kv, RocksKv};
 use store::log::LogOptions;
 use store::{FlushMode, Retention, StoreError};
@@ -190,6 +191,7 @@ pub async fn broker(args: RoleArgs) -> anyhow::Result<()> {
             clean_ratio: file.storage.disk_clean_ratio,
             full_ratio: file.storage.disk_full_ratio,
         },
+        key_index: Shape::default(),
         host: advertise.parse().unwrap_or(listening),
         new_key: random::secret(),
     };

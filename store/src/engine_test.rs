@@ -9,11 +9,12 @@ use model::{Group, GroupConfig, TagFilter, Timestamp, Topic, TopicConfig};
 
 use crate::change::Change;
 use crate::engine::{self, PopRequest};
-use crate::fs::{Fault, Fs, MemFs};
+use crate::fs::{Fault, Fs, MemFs, Space};
+use crate::keys::key_hash;
 use crate::kv::MemKv;
 use crate::log::{LogOptions, segment_path};
 use crate::pop::Standing;
-use crate::{Engine, FlushMode, NewMessage, Options, Popped, RecoveryReport, StoreError};
+use crate::{Engine, FlushMode, NewMessage, Options, Popped, RecoveryReport, Retention, StoreError};
 
 const NOW: Timestamp = Timestamp(1_000_000);
 
@@ -28,13 +29,17 @@ impl Disk {
     }
 
     fn open(&self, flush: FlushMode) -> (Engine, RecoveryReport) {
+        self.open_with(flush, Retention::default())
+    }
+
+    fn open_with(&self, flush: FlushMode, retention: Retention) -> (Engine, RecoveryReport) {
         let options = Options {
             dir: "/data".into(),
             flush,
             log: LogOptions { segment_bytes: 64 << 10, chunk_bytes: 8 << 10, reserve_bytes: 8 << 10 },
             queue_file_entries: 16,
             key_index: crate::keys::Shape { slots: 64, entries: 1000 },
-            retention: crate::Retention::default(),
+            retention,
             host: ([127, 0, 0, 1], 1).into(),
             new_key: [1; 16],
         };
@@ -59,6 +64,7 @@ fn group() -> Group {
 fn send(engine: &mut Engine, body: &str, tag: &str) -> Result<u64, StoreError> {
     let mut properties = Vec::new();
     put_property(&mut properties, message::TAGS, tag);
+    put_property(&mut properties, message::KEYS, &format!("key-{}", body.len()));
     let message = NewMessage {
         queue: 0,
         body: Bytes::from(body.to_owned()),
@@ -252,4 +258,119 @@ fn a_missing_log_file_is_refused_not_skipped() {
     let options = LogOptions { segment_bytes: 64 << 10, chunk_bytes: 8 << 10, reserve_bytes: 8 << 10 };
     let opened = crate::log::Log::open(fs, Path::new("/data/commitlog"), options);
     assert!(matches!(opened.map(drop), Err(StoreError::Damaged { .. })));
+}
+
+const DAY_LATER: Timestamp = Timestamp(NOW.0 + 24 * 3_600_000);
+
+/// Fills some log files; where the first message stands that a group has not acknowledged.
+fn fill(engine: &mut Engine, consumed: usize) {
+    for i in 0..30 {
+        send(engine, &"x".repeat(8000 + i), "a").unwrap();
+    }
+    let popped = pop(engine, "*", NOW);
+    assert_eq!(popped.len(), 30);
+    for (_, p) in &popped[..consumed] {
+        engine.acknowledge(&p.receipt, NOW).unwrap();
+    }
+    engine.commit(NOW).unwrap().changes.unwrap();
+}
+
+fn checkpoint(engine: &mut Engine) {
+    let checkpoint = engine.checkpoint(NOW, false).unwrap();
+    let outcome = checkpoint.write(&engine.syncer(), &*engine.fs(), &*engine.kv());
+    engine.checkpoint_written(outcome);
+}
+
+/// Lets go of what may go, as the broker's threads do; how many files.
+fn keep_disk(engine: &mut Engine, now: Timestamp) -> usize {
+    let Some(retired) = engine.keep_disk(now).unwrap() else { return 0 };
+    retired.files.iter().for_each(|file| engine.fs().remove_file(file).unwrap());
+    retired.keys.prune(retired.log_start).unwrap();
+    retired.files.len()
+}
+
+#[test]
+fn old_files_go_but_not_what_a_group_has_not_consumed() {
+    let disk = Disk::new();
+    let hour = Retention { age_ms: 3_600_000, ..Retention::default() };
+    let (mut engine, _) = disk.open_with(FlushMode::Async, hour);
+    fill(&mut engine, 20);
+    assert_eq!(keep_disk(&mut engine, DAY_LATER), 0, "nothing goes that a restart would need");
+    checkpoint(&mut engine);
+    assert_eq!(keep_disk(&mut engine, NOW), 0, "too young");
+    assert_eq!(keep_disk(&mut engine, DAY_LATER), 2, "messages 0 to 15 fill them, 20 is in the third");
+    assert_eq!(engine.state().held_by, Some((group(), topic())));
+    let min = engine.bounds(&topic(), 0).min;
+    assert!((14..20).contains(&min), "{min}");
+    let start = engine.state().log_start;
+    drop(engine);
+    disk.fs.kill();
+
+    let (mut engine, report) = disk.open_with(FlushMode::Async, hour);
+    assert_eq!((engine.state().log_start, report.damaged.len()), (start, 0));
+    assert_eq!(engine.bounds(&topic(), 0).min, min);
+    // What was in flight comes again, and once it is acknowledged its file may go.
+    engine.expire(Timestamp(NOW.0 + 2000)).unwrap();
+    engine.commit(NOW).unwrap().changes.unwrap();
+    let again = pop(&mut engine, "*", DAY_LATER);
+    assert_eq!(again.len(), 10);
+    checkpoint(&mut engine);
+    assert_eq!(keep_disk(&mut engine, DAY_LATER), 1, "their copies in the retry topic are newer");
+}
+
+#[test]
+fn unconsumed_messages_go_only_by_explicit_policy_and_the_log_keeps_its_size() {
+    let disk = Disk::new();
+    let small = Retention { max_bytes: 100 << 10, delete_unconsumed: true, ..Retention::default() };
+    let (mut engine, _) = disk.open_with(FlushMode::Async, small);
+    fill(&mut engine, 0);
+    checkpoint(&mut engine);
+    assert_eq!(keep_disk(&mut engine, NOW), 3);
+    let bounds = engine.bounds(&topic(), 0);
+    assert!(bounds.min > 20 && bounds.max == 30, "{bounds:?}");
+    assert!(engine.state().log_end - engine.state().log_start <= 100 << 10);
+    // What was in flight and is gone is not delivered again, and nothing breaks.
+    while engine.expire(Timestamp(NOW.0 + 2000)).unwrap() {}
+    engine.commit(NOW).unwrap().changes.unwrap();
+    assert_eq!(pop(&mut engine, "*", DAY_LATER).len() as u64, 30 - bounds.min);
+}
+
+#[test]
+fn a_nearly_full_disk_refuses_sends_until_there_is_space_again() {
+    let disk = Disk::new();
+    let (mut engine, _) = disk.open(FlushMode::Async);
+    fill(&mut engine, 30);
+    checkpoint(&mut engine);
+    let used = |percent: u64| disk.fs.set_space(Some(Space { total: 100, free: 100 - percent }));
+    used(84);
+    assert_eq!(keep_disk(&mut engine, NOW), 0);
+    used(91);
+    assert!(keep_disk(&mut engine, NOW) > 0, "consumed messages go whatever their age");
+    assert!(matches!(send(&mut engine, "no", "a"), Err(StoreError::DiskFull { .. })));
+    used(87);
+    keep_disk(&mut engine, NOW);
+    assert!(matches!(send(&mut engine, "not yet", "a"), Err(StoreError::DiskFull { .. })));
+    used(80);
+    keep_disk(&mut engine, NOW);
+    send(&mut engine, "yes", "a").unwrap();
+}
+
+#[test]
+fn keys_are_found_at_once_and_after_a_kill() {
+    let disk = Disk::new();
+    let (mut engine, _) = disk.open(FlushMode::Async);
+    let first = send(&mut engine, "one", "a").unwrap();
+    let hash = key_hash("t", "key-3");
+    assert_eq!(engine.new_keys(hash), [first]);
+    checkpoint(&mut engine);
+    assert_eq!(engine.keys().find(hash, 0, i64::MAX, 9).unwrap(), [first]);
+    let second = send(&mut engine, "two", "a").unwrap();
+    engine.syncer().sync().unwrap();
+    drop(engine);
+    disk.fs.kill();
+    let (engine, _) = disk.open(FlushMode::Async);
+    assert!(engine.keys().progress().is_some());
+    engine.keys().rebuild(&engine.reader(), || false).unwrap();
+    assert_eq!(engine.keys().find(hash, 0, i64::MAX, 9).unwrap(), [second, first]);
+    assert_eq!(engine.keys().progress(), None);
 }

@@ -120,10 +120,13 @@ impl Source {
         let Metadata { topics, groups, offsets, revived } = &self.metadata;
         let topics = topics.iter().cloned().map(Change::PutTopic);
         let groups = groups.iter().cloned().map(Change::PutGroup);
-        let seeks = offsets.iter().cloned().map(|(group, topic, queue, next)| {
-            let cursor = CursorKey { group, topic, queue };
-            Change::Seek { cursor, next }
-        });
+        // What waits in retry topics of the older names moves: nobody stands there any more.
+        let stays = |t: &Topic| !t.is_retry() || t.as_str().contains('+');
+        let seeks =
+            offsets.iter().filter(|(_, t, ..)| stays(t)).cloned().map(|(group, topic, queue, next)| {
+                let cursor = CursorKey { group, topic, queue };
+                Change::Seek { cursor, next }
+            });
         let in_flight = self.pops.in_flight(revived, id_of);
         topics.chain(groups).chain(seeks).chain(in_flight).collect()
     }
@@ -263,6 +266,11 @@ fn metadata(fs: &dyn Fs, config: &Path, stored: &BTreeMap<String, u64>) -> Resul
         let own =
             SYSTEM_TOPICS.contains(&name.as_str()) || is_system(&name) || name.starts_with(RETRY_PREFIX);
         if own && !name.starts_with(DLQ_PREFIX) {
+            continue;
+        }
+        // Topics that it makes of its cluster and broker name for others to inherit from.
+        let inherited = config.get("perm").and_then(Value::as_u64).is_some_and(|p| p & 1 != 0);
+        if inherited && !stored.contains_key(&name) {
             continue;
         }
         let number = |key: &str| config.get(key).and_then(Value::as_u64).unwrap_or(0) as u32;

@@ -21,6 +21,8 @@ pub fn broker(name: &str, clock: impl Clock, flush: FlushMode) -> Result<Node, S
         cluster: "test".into(),
         data: "/data".into(),
         flush,
+        retention: store::Retention::default(),
+        key_index: store::keys::Shape { slots: 1000, entries: 10_000 },
         log: LogOptions { segment_bytes: 16 << 20, chunk_bytes: 1 << 20, reserve_bytes: 1 << 20 },
         host: ([127, 0, 0, 1], 10911).into(),
         new_key: [7; 16],

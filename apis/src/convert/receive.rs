@@ -48,7 +48,7 @@ pub fn message(d: Delivered, digest: String) -> v2::Message {
     let mut origin = v2::DeadLetterQueue::default();
     for (key, value) in message::properties(&d.properties) {
         match key {
-            message::TAGS => system.tag = Some(value.into()),
+            message::TAGS => system.tag = Some(value.to_owned()).filter(|tag| !tag.is_empty()),
             message::KEYS => {
                 system.keys = value.split(' ').filter(|k| !k.is_empty()).map(Into::into).collect()
             }

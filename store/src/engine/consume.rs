@@ -313,8 +313,7 @@ impl Engine {
     }
 
     fn record(&mut self, cursor: &CursorKey, offset: u64) -> Result<Option<Record>> {
-        let entries = self.index.read(&cursor.topic, cursor.queue, offset, 1)?;
-        let Some(entry) = entries.first().filter(|e| !e.is_hole()) else { return Ok(None) };
+        let Some(entry) = self.entry(&cursor.topic, cursor.queue, offset)? else { return Ok(None) };
         match self.reader.read(entry.log_offset, entry.size) {
             Ok(record) => Ok(Some(record)),
             Err(error) => {

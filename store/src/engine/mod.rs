@@ -394,7 +394,7 @@ impl Engine {
     }
 
     fn room_for(&mut self, bytes: u64, room: Room) -> Result<()> {
-        let segment = self.options.log.segment_bytes;
+        let segment = self.log.segment_bytes();
         if bytes + record::BLANK_BYTES > segment {
             return Err(StoreError::RecordTooLarge { size: bytes, segment });
         }
@@ -497,9 +497,17 @@ impl Engine {
 
     /// The message at a place of a queue.
     pub fn message(&self, topic: &Topic, queue: u32, offset: u64) -> Option<Record> {
-        let entries = self.index.read(topic, queue, offset, 1).ok()?;
-        let entry = entries.first().filter(|e| !e.is_hole())?;
+        let entry = self.entry(topic, queue, offset).ok()??;
         self.reader.read(entry.log_offset, entry.size).ok()
+    }
+
+    /// Where exactly this message is, if it still is.
+    fn entry(&self, topic: &Topic, queue: u32, offset: u64) -> Result<Option<Entry>> {
+        if offset < self.index.bounds(topic, queue).min {
+            return Ok(None);
+        }
+        let entries = self.index.read(topic, queue, offset, 1)?;
+        Ok(entries.into_iter().next().filter(|e| !e.is_hole()))
     }
 
     /// Takes changes over as they are: of a store that is imported.

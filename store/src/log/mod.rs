@@ -168,7 +168,7 @@ pub struct Log {
     reserve_bytes: u64,
 }
 
-/// The sizes of a log; the defaults are the reference's.
+/// The sizes of a new log; the defaults are the reference's.
 #[derive(Clone, Copy, Debug)]
 pub struct LogOptions {
     pub segment_bytes: u64,
@@ -185,23 +185,28 @@ impl Default for LogOptions {
 }
 
 impl Log {
-    pub fn open(fs: Arc<dyn Fs>, dir: &Path, options: LogOptions) -> Result<Self> {
+    pub fn open(fs: Arc<dyn Fs>, dir: &Path, mut options: LogOptions) -> Result<Self> {
         let failed = |operation, path: &Path| {
             let path = path.to_owned();
             move |e| StoreError::io(operation, path, e)
         };
         fs.create_dir(dir).map_err(failed("created", dir))?;
         let mut segments = BTreeMap::new();
+        let mut found = Vec::new();
         for name in fs.list(dir).map_err(failed("listed", dir))? {
             let Ok(base) = name.parse::<u64>() else { continue };
             let path = segment_path(dir, base);
             let file = fs.open(&path, false).map_err(failed("opened", &path))?;
             let len = file.len().map_err(failed("read", &path))?;
+            found.push((base, path, file, len));
+        }
+        // A folder keeps the size it was begun with; the configured one is for new folders.
+        if let Some((.., len)) = found.iter().find(|(.., len)| *len > 0) {
+            options.segment_bytes = *len;
+        }
+        for (base, path, file, len) in found {
             if base % options.segment_bytes != 0 || (len != options.segment_bytes && len != 0) {
-                let what = format!(
-                    "{len} bytes long; log files here have {} (storage.segment_bytes)",
-                    options.segment_bytes
-                );
+                let what = format!("{len} bytes long; the log files here have {}", options.segment_bytes);
                 return Err(StoreError::Damaged { path, what });
             }
             // Created, but killed before it got its length.
@@ -250,6 +255,10 @@ impl Log {
 
     pub fn start(&self) -> u64 {
         self.shared.segments.read().keys().next().copied().unwrap_or(0)
+    }
+
+    pub fn segment_bytes(&self) -> u64 {
+        self.shared.segment_bytes
     }
 
     /// Where the second file begins: the first may go if there is one.
