@@ -19,7 +19,7 @@ use tokio_stream::StreamExt;
 
 use super::client::{self, Messaging, check, failed, resource};
 use super::messages::message_id;
-use super::{Format, Remote, output};
+use super::{Format, Remote, ceiling, output};
 
 #[derive(Subcommand)]
 pub enum BenchCommand {
@@ -29,6 +29,8 @@ pub enum BenchCommand {
     Receive(BenchArgs),
     /// Send at a rate and measure until a waiting consumer has it
     E2e(BenchArgs),
+    /// Run a server that only answers: what the protocol itself costs
+    Ceiling(ceiling::CeilingArgs),
 }
 
 #[derive(Args, Clone)]
@@ -101,6 +103,7 @@ pub async fn run(command: BenchCommand) -> anyhow::Result<()> {
         BenchCommand::Send(args) => ("send", args.clone()),
         BenchCommand::Receive(args) => ("receive", args.clone()),
         BenchCommand::E2e(args) => ("e2e", args.clone()),
+        BenchCommand::Ceiling(args) => return ceiling::run(args.clone()).await,
     };
     let mut first = client::messaging(&args.remote.endpoint, "bench").await?;
     let queues = route(&mut first, &args).await?;
@@ -121,7 +124,9 @@ pub async fn run(command: BenchCommand) -> anyhow::Result<()> {
             let (client, meter, args) = (client.clone(), meter.clone(), args.clone());
             let queue = queues[number % queues.len()].clone();
             match command {
-                BenchCommand::Send(_) => drop(workers.spawn(send(client, meter, args, number))),
+                BenchCommand::Send(_) | BenchCommand::Ceiling(_) => {
+                    drop(workers.spawn(send(client, meter, args, number)));
+                }
                 BenchCommand::Receive(_) => drop(workers.spawn(receive(client, meter, args, queue, false))),
                 BenchCommand::E2e(_) => drop(workers.spawn(receive(client, meter, args, queue, true))),
             }

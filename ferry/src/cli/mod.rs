@@ -2,6 +2,7 @@
 
 mod admin;
 mod bench;
+mod ceiling;
 mod client;
 mod messages;
 mod output;
