@@ -27,7 +27,7 @@ SERVERS = ["apache-async", "apache-sync", "ferry-async", "ferry-sync", "ceiling"
 CASES = [
     ("send64", "send, 4 connections, 64 in flight", "send", ["--topic", "one"], 1, True),
     ("send1", "send, 1 connection, 1 in flight", "send", ["--topic", "one", "--connections", "1", "--in-flight", "1"], 1, True),
-    ("send32", "send, 32 messages a call", "send", ["--topic", "many", "--batch", "32"], 1, True),
+    ("send32", "send, 32 messages a call", "send", ["--topic", "many", "--batch", "32"], 1.5, True),
     ("receive32", "receive and ack, batches of 32", "receive", ["--topic", "many", "--batch", "32"], 1, True),
     ("receive1", "receive and ack, one by one", "receive", ["--topic", "one", "--batch", "1"], 1, True),
     ("e2e", "end to end at 500/s", "e2e", ["--topic", "e2e"], 1, False),

@@ -16,3 +16,5 @@ cargo test --locked --workspace --test cluster --test processes --test protocol
 cargo test --locked --workspace --test apache
 # The client suites mostly wait, so that more of them than cores run side by side.
 cargo test --locked --workspace --test clients -- --test-threads=6
+# The comparison itself is run by hand; here only that it runs.
+tools/compare.py --smoke

@@ -145,8 +145,7 @@ impl EngineLoop {
             }
             Command::Pop { request, answer } => self.pop(request, answer, now),
             Command::Ack { receipts, answer } => {
-                let standings: Result<Vec<_>, _> =
-                    receipts.iter().map(|r| self.engine.acknowledge(r, now)).collect();
+                let standings = self.engine.acknowledge_all(&receipts, now);
                 self.stage(answer, standings, Reply::Settled);
             }
             Command::ChangeInvisible { receipt, invisible_ms, answer } => {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use apis::context::{CallContext, parse_timeout};
 use apis::status::Error;
-use apis::v2::{Address, AddressScheme, Code, Endpoints};
+use apis::v2::{Address, AddressScheme, Code, Endpoints, Language};
 use tonic::Request;
 use tonic::metadata::MetadataMap;
 
@@ -17,6 +17,8 @@ const BROKER_CALL: Duration = Duration::from_secs(3);
 pub struct Call {
     pub client_id: String,
     pub namespace: String,
+    /// What the client is written in, as it says: JAVA, GO, …
+    pub language: Language,
     /// Time the client still waits.
     pub deadline: Option<Duration>,
     pub trace: Option<String>,
@@ -36,6 +38,10 @@ impl Call {
         Ok(Self {
             client_id,
             namespace: text("x-mq-namespace").unwrap_or_default(),
+            language: metadata
+                .get("x-mq-language")
+                .and_then(|v| Language::from_str_name(v.to_str().ok()?))
+                .unwrap_or(Language::Unspecified),
             deadline: text("grpc-timeout").as_deref().and_then(parse_timeout),
             trace: text("traceparent"),
             peer: request.remote_addr(),

@@ -64,12 +64,9 @@ pub struct KeyEntry {
 
 /// The hash of a key in a topic.
 pub fn key_hash(topic: &str, key: &str) -> u32 {
-    let mut text = String::with_capacity(topic.len() + 1 + key.len());
-    text.push_str(topic);
-    text.push('#');
-    text.push_str(key);
+    let hash = hash::java_hash_on(hash::java_hash_on(hash::java_hash(topic), "#"), key);
     // Java's abs leaves the least number negative, which the reference then takes for 0.
-    hash::java_hash(&text).checked_abs().unwrap_or(0) as u32
+    hash.checked_abs().unwrap_or(0) as u32
 }
 
 /// The keys that a message is found by: its id and its own.

@@ -271,11 +271,10 @@ impl QueueIndex for FileQueues {
     }
 
     fn append(&mut self, topic: &Topic, id: u32, offset: u64, entry: Entry) {
-        if !self.topics.contains_key(topic) {
-            self.topics.insert(topic.clone(), BTreeMap::new());
-        }
-        let Some(queues) = self.topics.get_mut(topic) else { return };
-        let queue = queues.entry(id).or_default();
+        let queue = match self.topics.get_mut(topic) {
+            Some(queues) => queues.entry(id).or_default(),
+            None => self.topics.entry(topic.clone()).or_default().entry(id).or_default(),
+        };
         if queue.bounds.max == queue.bounds.min && queue.files.is_empty() {
             queue.bounds = Bounds { min: offset, max: offset };
         }

@@ -22,11 +22,10 @@ pub fn resource(full_name: &str) -> v2::Resource {
     v2::Resource { resource_namespace: namespace.into(), name: name.into() }
 }
 
-/// `digest` is the MD5 of the body as upper-case hex: the one form that every official client accepts.
-pub fn message(d: Delivered, digest: String) -> v2::Message {
+pub fn message(d: Delivered, digest: v2::Digest) -> v2::Message {
     let mut user = HashMap::new();
     let mut system = v2::SystemProperties {
-        body_digest: Some(v2::Digest { r#type: v2::DigestType::Md5.into(), checksum: digest }),
+        body_digest: Some(digest),
         body_encoding: if d.sys_flag & message::FLAG_COMPRESSED != 0 {
             v2::Encoding::Gzip.into()
         } else {

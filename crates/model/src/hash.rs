@@ -2,10 +2,15 @@
 
 /// Java's `String.hashCode`: over UTF-16 units.
 pub fn java_hash(text: &str) -> i32 {
+    java_hash_on(0, text)
+}
+
+/// The hash of a text whose beginning has the hash `start`.
+pub fn java_hash_on(start: i32, text: &str) -> i32 {
     if text.is_ascii() {
-        return text.bytes().fold(0i32, |h, b| h.wrapping_mul(31).wrapping_add(i32::from(b)));
+        return text.bytes().fold(start, |h, b| h.wrapping_mul(31).wrapping_add(i32::from(b)));
     }
-    text.encode_utf16().fold(0i32, |h, u| h.wrapping_mul(31).wrapping_add(i32::from(u)))
+    text.encode_utf16().fold(start, |h, u| h.wrapping_mul(31).wrapping_add(i32::from(u)))
 }
 
 /// The tag code of a queue entry: the hash, sign-extended; 0 where there is no tag.
@@ -26,5 +31,6 @@ mod tests {
         assert_eq!(java_hash("TagA"), 2_598_919);
         assert_eq!(java_hash("hello world"), 1_794_106_052);
         assert_eq!(java_hash("é"), 233);
+        assert_eq!(java_hash_on(java_hash("hello "), "world"), java_hash("hello world"));
     }
 }

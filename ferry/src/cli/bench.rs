@@ -66,6 +66,9 @@ pub struct BenchArgs {
     pub remote: Remote,
 }
 
+/// A receiver's latencies are added to everybody's this often.
+const MERGE: Duration = Duration::from_millis(100);
+
 /// What the workers count.
 struct Meter {
     messages: AtomicU64,
@@ -282,6 +285,7 @@ async fn paced(client: Messaging, meter: Arc<Meter>, args: BenchArgs) {
 
 async fn receive(mut client: Messaging, meter: Arc<Meter>, args: BenchArgs, queue: MessageQueue, e2e: bool) {
     let mut own = Histogram::new_with_bounds(1, 120_000_000, 3).expect("the bounds are valid");
+    let mut merged = Instant::now();
     while meter.running() {
         let began = Instant::now();
         match receive_once(&mut client, &args, &queue).await {
@@ -302,9 +306,10 @@ async fn receive(mut client: Messaging, meter: Arc<Meter>, args: BenchArgs, queu
             Err(error) => complain(&meter, &error).await,
         }
         // What came so far counts even if the next long poll outlasts the run.
-        if e2e {
+        if merged.elapsed() > MERGE {
             let _ = meter.latency.lock().await.add(&own);
             own.reset();
+            merged = Instant::now();
         }
     }
     let _ = meter.latency.lock().await.add(own);

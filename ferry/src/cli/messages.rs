@@ -163,7 +163,7 @@ pub async fn message_command(command: MessageCommand) -> anyhow::Result<()> {
         println!("no such message");
     }
     for found in reply.messages {
-        let message = convert::message(found.message.unwrap_or_default(), String::new());
+        let message = convert::message(found.message.unwrap_or_default(), Digest::default());
         show(remote.output, &found.broker, &message, false);
     }
     Ok(())
@@ -181,7 +181,7 @@ pub async fn tail(args: TailArgs) -> anyhow::Result<()> {
         };
         let Some(reply) = next else { break };
         let reply = reply.map_err(failed)?;
-        let message = convert::message(reply.message.unwrap_or_default(), String::new());
+        let message = convert::message(reply.message.unwrap_or_default(), Digest::default());
         show(args.remote.output, &reply.broker, &message, false);
         left -= 1;
     }

@@ -281,7 +281,7 @@ fn weigh(path: &Path) -> (u64, u64, u64) {
 async fn state(prune: bool, remote: Remote) -> anyhow::Result<()> {
     let mut admin = client::admin(&remote.endpoint).await?;
     let reply = admin.store_state(StoreStateRequest { prune }).await.map_err(failed)?.into_inner();
-    let percent = |part: u64, of: u64| if of == 0 { 0 } else { 100 - 100 * part / of };
+    let percent = |free: u64, total: u64| 100 - (100 * free).checked_div(total).unwrap_or(100);
     let row = |b: &apis::internal::StoreStateReply| {
         vec![
             json!(b.broker),

@@ -37,16 +37,14 @@ impl<B: Brokers, N: NameServers> Front<B, N> {
         let now = self.clock.now().0;
         match received {
             Ok(popped) if popped.messages.is_empty() => {
-                frames(Error::new(Code::MessageNotFound, "no new message").status(), Vec::new(), now)
+                frames(Error::new(Code::MessageNotFound, "no new message").status(), now)
             }
             Ok(popped) => {
-                let nacks = popped.messages.iter().map(|d| popped.nack(d)).collect();
-                let messages = popped.messages.into_iter().map(message).collect::<Vec<_>>();
-                let frames = frames(ok(), messages, now);
-                let front = self.clone();
-                Box::pin(Delivery { frames, sent: 0, nacks, broker: popped.broker, call: popped.call, front })
+                let Received { messages, broker, group, topic, call } = popped;
+                let frames = contents(ok(), messages.into_iter().map(|d| message(d, call.language)), now);
+                Box::pin(Delivery { frames, broker, group, topic, call, front: self.clone() })
             }
-            Err(error) => frames(error.status(), Vec::new(), now),
+            Err(error) => frames(error.status(), now),
         }
     }
 
@@ -123,17 +121,6 @@ struct Received {
     call: Call,
 }
 
-impl Received {
-    fn nack(&self, d: &Delivered) -> ChangeInvisibleRequest {
-        ChangeInvisibleRequest {
-            group: self.group.clone(),
-            topic: self.topic.clone(),
-            handle: d.handle.clone(),
-            invisible_ms: 0,
-        }
-    }
-}
-
 fn millis(d: &prost_types::Duration) -> i64 {
     d.seconds.saturating_mul(1000).saturating_add(i64::from(d.nanos) / 1_000_000)
 }
@@ -173,30 +160,50 @@ fn invisible(duration: Option<&prost_types::Duration>, auto_renew: bool) -> Resu
     Err(Error::new(Code::IllegalInvisibleTime, what))
 }
 
-fn message(d: Delivered) -> v2::Message {
-    let digest = Md5::digest(&d.body);
-    let digest = digest.iter().fold(String::with_capacity(32), |mut text, b| {
+fn message(d: Delivered, language: Language) -> v2::Message {
+    let digest = digest(&d.body, language);
+    convert::message(d, digest)
+}
+
+/// MD5 in upper-case hex is what every client takes. CRC-32 in eight upper-case digits is as good to the clients that
+/// are known to take it, and costs next to nothing; some write it without leading zeros, so that such a sum is MD5.
+fn digest(body: &[u8], language: Language) -> Digest {
+    let takes_crc = matches!(language, Language::Java | Language::Golang | Language::Python | Language::Rust);
+    if takes_crc {
+        let sum = crc32fast::hash(body);
+        if sum >> 28 != 0 {
+            return Digest { r#type: DigestType::Crc32.into(), checksum: format!("{sum:08X}") };
+        }
+    }
+    let digest = Md5::digest(body);
+    let checksum = digest.iter().fold(String::with_capacity(32), |mut text, b| {
         text.push(char::from(b"0123456789ABCDEF"[usize::from(b >> 4)]));
         text.push(char::from(b"0123456789ABCDEF"[usize::from(b & 15)]));
         text
     });
-    convert::message(d, digest)
+    Digest { r#type: DigestType::Md5.into(), checksum }
 }
 
-fn frames(status: v2::Status, messages: Vec<v2::Message>, now_ms: i64) -> Frames<ReceiveMessageResponse> {
-    let contents = std::iter::once(Content::Status(status))
-        .chain(messages.into_iter().map(Content::Message))
-        .chain(std::iter::once(Content::DeliveryTimestamp(convert::timestamp(now_ms))));
-    let frames = contents.map(|content| Ok(ReceiveMessageResponse { content: Some(content) }));
-    Box::pin(tokio_stream::iter(frames.collect::<Vec<_>>()))
+type Contents = std::vec::IntoIter<Content>;
+
+fn contents(status: v2::Status, messages: impl Iterator<Item = v2::Message>, now_ms: i64) -> Contents {
+    let contents = std::iter::once(Content::Status(status)).chain(messages.map(Content::Message));
+    contents.chain([Content::DeliveryTimestamp(convert::timestamp(now_ms))]).collect::<Vec<_>>().into_iter()
+}
+
+fn frames(status: v2::Status, now_ms: i64) -> Frames<ReceiveMessageResponse> {
+    let contents = contents(status, std::iter::empty(), now_ms);
+    Box::pin(tokio_stream::iter(
+        contents.map(|content| Ok(ReceiveMessageResponse { content: Some(content) })),
+    ))
 }
 
 /// The stream of a batch. If the client goes away in the middle, what it has not been sent comes back at once.
 struct Delivery<B: Brokers, N: NameServers> {
-    frames: Frames<ReceiveMessageResponse>,
-    sent: usize,
-    nacks: Vec<ChangeInvisibleRequest>,
+    frames: Contents,
     broker: String,
+    group: String,
+    topic: String,
     call: Call,
     front: Arc<Front<B, N>>,
 }
@@ -204,26 +211,28 @@ struct Delivery<B: Brokers, N: NameServers> {
 impl<B: Brokers, N: NameServers> Stream for Delivery<B, N> {
     type Item = Result<ReceiveMessageResponse, GrpcStatus>;
 
-    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let frame = self.frames.as_mut().poll_next(cx);
-        if matches!(frame, Poll::Ready(Some(_))) {
-            self.sent += 1;
-        }
-        frame
+    fn poll_next(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        Poll::Ready(self.frames.next().map(|content| Ok(ReceiveMessageResponse { content: Some(content) })))
     }
 }
 
 impl<B: Brokers, N: NameServers> Drop for Delivery<B, N> {
     fn drop(&mut self) {
-        // The first frame is the status.
-        let unsent = self.nacks.split_off(self.sent.saturating_sub(1).min(self.nacks.len()));
+        let unsent = self.frames.by_ref().filter_map(|content| match content {
+            Content::Message(m) => m.system_properties?.receipt_handle,
+            _ => None,
+        });
+        let unsent: Vec<String> = unsent.collect();
         if unsent.is_empty() {
             return;
         }
         let (front, broker, context) =
             (self.front.clone(), std::mem::take(&mut self.broker), self.call.context());
+        let (group, topic) = (std::mem::take(&mut self.group), std::mem::take(&mut self.topic));
         tokio::spawn(async move {
-            for nack in unsent {
+            for handle in unsent {
+                let (group, topic) = (group.clone(), topic.clone());
+                let nack = ChangeInvisibleRequest { group, topic, handle, invisible_ms: 0 };
                 let _ = front.brokers.change_invisible(&broker, &context, nack).await;
             }
         });

@@ -193,12 +193,33 @@ impl Engine {
     }
 
     pub fn acknowledge(&mut self, receipt: &Receipt, now: Timestamp) -> Result<Standing> {
-        let cursor = Self::cursor_of(receipt);
-        let standing = self.standing(&cursor, receipt, now)?;
-        if matches!(standing, Standing::Live | Standing::Lost) {
-            self.change(Change::Done { cursor, moved: false, offsets: vec![receipt.offset] });
+        let standings = self.acknowledge_all(std::slice::from_ref(receipt), now)?;
+        Ok(standings.first().copied().unwrap_or(Standing::Expired))
+    }
+
+    /// One standing for each receipt. Those of one queue that follow each other are one change.
+    pub fn acknowledge_all(&mut self, receipts: &[Receipt], now: Timestamp) -> Result<Vec<Standing>> {
+        let mut standings = Vec::with_capacity(receipts.len());
+        let one_queue = |a: &Receipt, b: &Receipt| {
+            a.queue == b.queue && a.from_retry == b.from_retry && a.topic == b.topic && a.group == b.group
+        };
+        for receipts in receipts.chunk_by(one_queue) {
+            let cursor = Self::cursor_of(&receipts[0]);
+            let mut offsets = Vec::with_capacity(receipts.len());
+            for receipt in receipts {
+                let standing = self.standing(&cursor, receipt, now)?;
+                standings.push(standing);
+                if matches!(standing, Standing::Live | Standing::Lost)
+                    && offsets.last() != Some(&receipt.offset)
+                {
+                    offsets.push(receipt.offset);
+                }
+            }
+            if !offsets.is_empty() {
+                self.change(Change::Done { cursor, moved: false, offsets });
+            }
         }
-        Ok(standing)
+        Ok(standings)
     }
 
     /// The message becomes visible again after `invisible_ms`; the receipt that says so.

@@ -106,7 +106,7 @@ pub struct Committed {
 struct Staged {
     group: Option<LogGroup>,
     entries: Vec<(Topic, u32, u64, Entry)>,
-    /// Messages staged per queue.
+    /// The next offset of queues with staged messages, but for the queue of the last one.
     counts: HashMap<(Topic, u32), u64>,
     keys: Vec<KeyEntry>,
 }
@@ -418,9 +418,14 @@ impl Engine {
             body: &m.body,
             properties: &m.properties,
         };
-        let count = self.staged.counts.entry((topic.clone(), m.queue)).or_default();
-        let queue_offset = self.index.bounds(topic, m.queue).max + *count;
-        *count += 1;
+        let queue_offset = match self.staged.entries.last() {
+            // Messages of one call follow each other in one queue.
+            Some((last, queue, offset, _)) if *queue == m.queue && last == topic => offset + 1,
+            _ => {
+                let staged = self.staged.counts.get(&(topic.clone(), m.queue));
+                staged.copied().unwrap_or_else(|| self.index.bounds(topic, m.queue).max)
+            }
+        };
         // Store time never goes back, so that a search by time stays a search.
         self.last_store_ms = self.last_store_ms.max(now.0);
         let size = record::encoded_len(&new);
@@ -434,6 +439,11 @@ impl Engine {
         keys::keys_of(topic.as_str(), &m.properties, |hash| {
             keys.push(KeyEntry { hash, log_offset, stored_ms })
         });
+        if let Some((last, queue, offset, _)) = self.staged.entries.last()
+            && (*queue != m.queue || last != topic)
+        {
+            self.staged.counts.insert((last.clone(), *queue), offset + 1);
+        }
         self.staged.entries.push((topic.clone(), m.queue, queue_offset, entry));
         Stored { queue: m.queue, queue_offset, log_offset }
     }
@@ -443,7 +453,7 @@ impl Engine {
         let changes = self.stage_changes(now);
         let staged = std::mem::take(&mut self.staged);
         if let Some(group) = staged.group.filter(|g| !g.is_empty()) {
-            self.log.append(&group)?;
+            self.log.append(group)?;
         } else {
             self.log.check()?;
         }

@@ -112,6 +112,8 @@ pub struct Group {
     segment_bytes: u64,
     /// One part a file.
     parts: Vec<(u64, Vec<u8>)>,
+    /// The buffer of an earlier group, to be used again.
+    spare: Vec<u8>,
 }
 
 impl Group {
@@ -136,7 +138,7 @@ impl Group {
 
     fn part(&mut self, base: u64) -> &mut Vec<u8> {
         if self.parts.last().is_none_or(|(b, _)| *b != base) {
-            self.parts.push((base, Vec::with_capacity(8 * 1024)));
+            self.parts.push((base, std::mem::take(&mut self.spare)));
         }
         &mut self.parts.last_mut().expect("pushed above").1
     }
@@ -166,7 +168,11 @@ pub struct Log {
     allocated: u64,
     chunk_bytes: u64,
     reserve_bytes: u64,
+    spare: Vec<u8>,
 }
+
+/// A group's buffer up to this size is kept for the next one.
+const SPARE_MAX_BYTES: usize = 1 << 20;
 
 /// The sizes of a new log; the defaults are the reference's.
 #[derive(Clone, Copy, Debug)]
@@ -250,6 +256,7 @@ impl Log {
             allocated: end,
             chunk_bytes: options.chunk_bytes.min(options.segment_bytes),
             reserve_bytes: options.reserve_bytes.min(options.segment_bytes / 4),
+            spare: Vec::new(),
         })
     }
 
@@ -294,9 +301,10 @@ impl Log {
         self.shared.check()
     }
 
-    pub fn group(&self) -> Group {
-        let end = self.end();
-        Group { start: end, at: end, segment_bytes: self.shared.segment_bytes, parts: Vec::new() }
+    pub fn group(&mut self) -> Group {
+        let (end, segment_bytes) = (self.end(), self.shared.segment_bytes);
+        let spare = std::mem::take(&mut self.spare);
+        Group { start: end, at: end, segment_bytes, parts: Vec::new(), spare }
     }
 
     /// Reserves room for `bytes` more bytes, or says that the disk is full. Nothing is written.
@@ -344,7 +352,7 @@ impl Log {
     }
 
     /// Writes the group at the end of the log. Room must have been made for it.
-    pub fn append(&mut self, group: &Group) -> Result<u64> {
+    pub fn append(&mut self, mut group: Group) -> Result<u64> {
         self.check()?;
         debug_assert_eq!(group.start, self.end());
         let mut from = group.start;
@@ -356,6 +364,10 @@ impl Log {
             from = base + self.shared.segment_bytes;
         }
         self.shared.end.store(group.at, Ordering::Release);
+        if let Some((_, mut buffer)) = group.parts.pop().filter(|(_, b)| b.capacity() <= SPARE_MAX_BYTES) {
+            buffer.clear();
+            self.spare = buffer;
+        }
         Ok(group.at)
     }
 }
