@@ -216,6 +216,9 @@ impl KeyIndex {
             }
             return Ok(());
         }
+        if files.failed {
+            return Ok(());
+        }
         self.write_staged(&mut files)?;
         if sync { files.sync() } else { Ok(()) }
     }
@@ -259,6 +262,15 @@ impl KeyIndex {
             files.files.remove(0);
         }
         Ok(())
+    }
+
+    /// The next start makes the index anew.
+    pub fn forget(&self) -> Result<()> {
+        let mut files = self.files.lock();
+        files.failed = true;
+        let mut batch = Batch::default();
+        batch.delete(Family::Covered, ROW);
+        files.kv.write(batch, true)
     }
 
     /// Set while keys are being indexed again.

@@ -20,6 +20,8 @@ pub mod error;
 pub mod fs;
 pub mod import;
 pub mod inspect;
+#[cfg(test)]
+mod inspect_test;
 pub mod keys;
 pub mod kv;
 pub mod log;

@@ -57,6 +57,12 @@ pub enum StoreCommand {
         #[command(flatten)]
         remote: Remote,
     },
+    /// Make queues and keys of a data folder again from its log; the server must be stopped
+    Repair {
+        data: PathBuf,
+        #[arg(short, long, value_enum, default_value = "table")]
+        output: Format,
+    },
     /// Take over a store folder of Apache RocketMQ; the source is only read
     Import {
         /// The folder with commitlog, consumequeue and config
@@ -81,6 +87,7 @@ pub async fn run(command: StoreCommand) -> anyhow::Result<()> {
         StoreCommand::Usage { data: Some(data), remote } => usage(&data, remote.output),
         StoreCommand::Usage { data: None, remote } => state(false, remote).await,
         StoreCommand::Prune { remote } => state(true, remote).await,
+        StoreCommand::Repair { data, output } => repair(&data, output),
         StoreCommand::Import { source, data, dry_run, output } => take_over(&source, &data, dry_run, output),
     }
 }
@@ -367,23 +374,41 @@ fn copy_log(found: &import::Source, data: &Path) -> anyhow::Result<()> {
     mark_imported(&OsFs, data, found.end).with_context(|| format!("{} cannot be written", data.display()))
 }
 
-/// Opens the copied log once: makes queues and metadata, and closes it cleanly.
-fn adopt(found: &import::Source, data: &Path) -> anyhow::Result<u64> {
+/// Opens a folder as a broker does.
+fn open(data: &Path) -> anyhow::Result<Engine> {
     let options = Options {
         dir: data.into(),
         flush: FlushMode::Async,
-        log: LogOptions { segment_bytes: found.segment_bytes, ..LogOptions::default() },
+        log: LogOptions::default(),
         queue_file_entries: store::queue::ENTRIES_PER_FILE,
         key_index: store::keys::Shape::default(),
         retention: Retention::default(),
         host: SocketAddr::from(([127, 0, 0, 1], 10911)),
         new_key: random::secret(),
     };
-    let now = SystemClock.now();
     let fs = Arc::new(OsFs);
     let lock = store::engine::claim(&*fs, &options)?;
     let kv = Arc::new(RocksKv::open(&data.join("rocksdb"))?);
-    let (mut engine, _) = Engine::open(options, fs, kv, lock, now)?;
+    Ok(Engine::open(options, fs, kv, lock, SystemClock.now())?.0)
+}
+
+fn repair(data: &Path, format: Format) -> anyhow::Result<()> {
+    if !data.join("format").exists() {
+        return Err(Usage(format!("{} is not a data folder of FerryMQ", data.display())).into());
+    }
+    let mut engine = open(data)?;
+    let mut progress = Progress::new("indexing", log_bytes(data)?);
+    let repaired = engine.rebuild_indexes(|bytes| progress.add(bytes))?;
+    progress.end();
+    engine.close(SystemClock.now())?;
+    output::object(format, &[("records", json!(repaired.records)), ("queues", json!(repaired.queues))]);
+    Ok(())
+}
+
+/// Opens the copied log once: makes queues and metadata, and closes it cleanly.
+fn adopt(found: &import::Source, data: &Path) -> anyhow::Result<u64> {
+    let now = SystemClock.now();
+    let mut engine = open(data)?;
     let changes = found.changes(|topic, queue, offset| {
         engine.message(topic, queue, offset)?.property(message::UNIQ_KEY).map(str::to_owned)
     });

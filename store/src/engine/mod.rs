@@ -5,6 +5,7 @@
 //! seen by `pop` before the commit. After a failed commit nothing staged has happened.
 
 mod consume;
+mod repair;
 mod retain;
 
 use std::collections::HashMap;
@@ -18,6 +19,7 @@ use model::name::{CHANGES_TOPIC, RETRY_PREFIX};
 use model::{Group, GroupConfig, ReceiptKey, Timestamp, Topic, TopicConfig, hash};
 
 pub use self::consume::{NEW_GROUP_BACKLOG_MAX_BYTES, PopRequest, Popped};
+pub use self::repair::Repaired;
 pub use self::retain::{Retention, Retired, State};
 use crate::change::{self, Change, CursorKey, Writer};
 use crate::checkpoint::{self, Checkpoint, Failed, Outcome};
@@ -267,15 +269,7 @@ impl Engine {
     /// What a record of the log means for derived state.
     fn dispatch(&mut self, r: &Record) -> Result<()> {
         let topic = Topic::stored(&r.topic);
-        let tag_code = hash::tag_code(r.property(message::TAGS));
-        let entry = Entry { log_offset: r.log_offset, size: r.size, tag_code };
-        // Half messages and rollbacks of another broker have no place in a queue.
-        if !matches!(
-            r.sys_flag & message::FLAG_TRANSACTION,
-            message::FLAG_PREPARED | message::FLAG_TRANSACTION
-        ) {
-            self.index.append(&topic, r.queue, r.queue_offset, entry);
-        }
+        self.index_record(&topic, r);
         if let Some(settled) = consume::moved_from(&topic, r) {
             self.apply(&settled)?;
         }
@@ -291,9 +285,25 @@ impl Engine {
         Ok(())
     }
 
+    fn index_record(&mut self, topic: &Topic, r: &Record) {
+        let tag_code = hash::tag_code(r.property(message::TAGS));
+        let entry = Entry { log_offset: r.log_offset, size: r.size, tag_code };
+        // Half messages and rollbacks of another broker have no place in a queue.
+        if !matches!(
+            r.sys_flag & message::FLAG_TRANSACTION,
+            message::FLAG_PREPARED | message::FLAG_TRANSACTION
+        ) {
+            self.index.append(topic, r.queue, r.queue_offset, entry);
+        }
+    }
+
     fn apply(&mut self, change: &Change) -> Result<()> {
         self.pop.apply(change);
         self.meta.apply(change);
+        self.apply_to_index(change)
+    }
+
+    fn apply_to_index(&mut self, change: &Change) -> Result<()> {
         match change {
             Change::PutTopic(TopicConfig { topic, deleted: true, .. }) => {
                 self.index.delete(topic)?;

@@ -1,0 +1,70 @@
+//! Making the indexes again from the log: for a folder whose queue or index files are damaged.
+
+use model::Topic;
+use model::name::CHANGES_TOPIC;
+
+use super::Engine;
+use crate::change;
+use crate::error::Result;
+use crate::queue::{Entry, QueueIndex};
+
+/// Log read in one step, bytes.
+const STEP_BYTES: u64 = 64 << 20;
+/// Entries kept in memory before they are written.
+const BUFFERED_MAX: usize = 1 << 16;
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Repaired {
+    pub records: u64,
+    pub queues: u64,
+}
+
+impl Engine {
+    /// Throws queues and keys away and makes queues from the log; keys follow at the next start. Topics, groups and
+    /// positions stay. Nothing may be staged; to be followed by [`Engine::close`].
+    pub fn rebuild_indexes(&mut self, mut progress: impl FnMut(u64)) -> Result<Repaired> {
+        let mut before = Vec::new();
+        for topic in self.index.topics() {
+            for queue in self.index.queues(&topic) {
+                before.push((topic.clone(), queue, self.index.bounds(&topic, queue).max));
+            }
+            self.index.delete(&topic)?;
+        }
+        let mut repaired = Repaired::default();
+        let (mut at, end, reader) = (self.log.start(), self.log.end(), self.reader.clone());
+        while at < end {
+            let mut failed = Ok(());
+            let next = reader.walk(at, end, STEP_BYTES, |r| {
+                repaired.records += 1;
+                if failed.is_ok() {
+                    failed = self.index_again(r);
+                }
+            })?;
+            failed?;
+            progress(next - at);
+            at = next;
+        }
+        for (topic, queue, max) in before {
+            repaired.queues += 1;
+            // A queue whose last messages are gone still goes on where it stood.
+            if self.index.bounds(&topic, queue).max < max {
+                self.index.append(&topic, queue, max - 1, Entry::HOLE);
+            }
+        }
+        self.keys.forget()?;
+        Ok(repaired)
+    }
+
+    fn index_again(&mut self, r: &crate::log::record::Record) -> Result<()> {
+        self.index_record(&Topic::stored(&r.topic), r);
+        if *r.topic == *CHANGES_TOPIC {
+            for change in change::decode(&r.body).unwrap_or_default() {
+                self.apply_to_index(&change)?;
+            }
+        }
+        if self.index.buffered() > BUFFERED_MAX {
+            self.index.write_out()?;
+        }
+        Ok(())
+    }
+}
