@@ -90,6 +90,8 @@ pub struct EngineLoop {
     retired: Vec<Retired>,
     /// More messages are due than one round has moved.
     more_due: bool,
+    /// When what was due could not be moved.
+    expiry_failed: Option<Timestamp>,
     stop: Option<oneshot::Sender<()>>,
 }
 
@@ -107,6 +109,7 @@ impl EngineLoop {
             disk_at: now,
             retired: Vec::new(),
             more_due: false,
+            expiry_failed: None,
             stop: None,
         }
     }
@@ -125,7 +128,8 @@ impl EngineLoop {
         let pause = if self.far_behind() { CHECKPOINT_MIN_MS } else { CHECKPOINT_MS };
         let checkpoint = behind.then(|| self.last_checkpoint.plus_ms(pause));
         // What is due but cannot be done now (a full disk) is tried again, not spun on.
-        let due = self.engine.next_due().map(|at| if at <= now { now.plus_ms(100) } else { at });
+        let due =
+            self.engine.next_due().map(|at| self.expiry_failed.map_or(at, |failed| failed.plus_ms(100)));
         [flush, checkpoint, due, Some(self.disk_at)].into_iter().flatten().min()
     }
 
@@ -279,7 +283,9 @@ impl EngineLoop {
     pub fn tend(&mut self, now: Timestamp) -> Effects {
         self.more_due = false;
         if self.engine.next_due().is_some_and(|due| due <= now) {
-            match self.engine.expire(now) {
+            let expired = self.engine.expire(now);
+            self.expiry_failed = expired.is_err().then_some(now);
+            match expired {
                 Ok(more) => self.more_due = more,
                 Err(StoreError::DiskFull { .. } | StoreError::Poisoned { .. }) => {}
                 Err(error) => {

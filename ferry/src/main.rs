@@ -8,8 +8,17 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+/// Connections and files count as one: as many as the system lets this process have.
+fn allow_many_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    // If it may not, it goes on with what it has.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+}
+
 fn main() -> ExitCode {
     let cli = cli::Cli::parse();
+    allow_many_files();
     let runtime = match cli.command.is_server() {
         true => tokio::runtime::Builder::new_multi_thread().enable_all().build(),
         // A command is one connection and one answer.

@@ -1,7 +1,7 @@
 //! Persisting derived state. A checkpoint is taken by the writer at a log offset and written by another thread
 //! only after the log is flushed up to there: a persistent family never covers more than what is flushed.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::{Result, StoreError};
@@ -15,6 +15,8 @@ use crate::queue::Unsynced;
 const DERIVED: [Family; 5] =
     [Family::Topics, Family::Groups, Family::Keys, Family::Offsets, Family::InFlight];
 const QUEUES: &[u8] = b"queues";
+/// Files synced by name; of more than that the whole file system is.
+const SYNC_ONE_BY_ONE_MAX: usize = if cfg!(test) { 2 } else { 64 };
 /// The offset of the log's end at a clean stop.
 const CLEAN: &[u8] = b"clean";
 
@@ -26,6 +28,8 @@ pub struct Checkpoint {
     pub(crate) clean: bool,
     pub(crate) keys: Arc<KeyIndex>,
     pub(crate) sync_keys: bool,
+    /// The data folder.
+    pub(crate) dir: PathBuf,
 }
 
 /// The offset that all derived state covers, and whether the store was stopped cleanly there.
@@ -57,11 +61,15 @@ impl Checkpoint {
         while syncer.flushed() < self.covered {
             syncer.sync()?;
         }
-        for (path, file) in &self.unsynced.files {
-            file.sync().map_err(|e| StoreError::io("synced", path, e))?;
-        }
-        for dir in &self.unsynced.dirs {
-            sync_dir(fs, dir)?;
+        if self.unsynced.files.len() > SYNC_ONE_BY_ONE_MAX {
+            fs.sync_all(&self.dir).map_err(|e| StoreError::io("synced", &self.dir, e))?;
+        } else {
+            for path in &self.unsynced.files {
+                gone_is_fine(fs.open(path, false).and_then(|file| file.sync()), path)?;
+            }
+            for dir in &self.unsynced.dirs {
+                gone_is_fine(fs.sync_dir(dir), dir)?;
+            }
         }
         // The key index has its own mark of how far it goes: it may lag, it must not hold up the rest.
         if let Err(error) = self.keys.write_out(self.sync_keys) {
@@ -78,11 +86,11 @@ impl Checkpoint {
     }
 }
 
-fn sync_dir(fs: &dyn Fs, dir: &Path) -> Result<()> {
-    match fs.sync_dir(dir) {
-        // Deleted with its topic meanwhile.
+/// A file that was deleted with its topic meanwhile needs no sync.
+fn gone_is_fine(synced: std::io::Result<()>, path: &Path) -> Result<()> {
+    match synced {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        other => other.map_err(|e| StoreError::io("synced", dir, e)),
+        other => other.map_err(|e| StoreError::io("synced", path, e)),
     }
 }
 

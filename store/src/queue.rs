@@ -6,7 +6,8 @@
 //! log offset 8 · size 4 · tag code 8      big-endian; size 0: no entry; (0, i32::MAX, 0): a place without message
 //! ```
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque, btree_map};
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -59,8 +60,40 @@ pub struct Bounds {
 /// What must be synced before a checkpoint may count on the index.
 #[derive(Default)]
 pub struct Unsynced {
-    pub files: BTreeMap<PathBuf, Arc<dyn File>>,
+    pub files: BTreeSet<PathBuf>,
     pub dirs: BTreeSet<PathBuf>,
+}
+
+/// Queue files kept open; there may be far more queues than a process may have files.
+const OPEN_MAX: usize = 256;
+
+/// Open queue files. All are closed when there are too many: those in use are soon open again.
+struct Handles {
+    fs: Arc<dyn Fs>,
+    open: RefCell<HashMap<PathBuf, Arc<dyn File>>>,
+}
+
+impl Handles {
+    fn get(&self, path: &Path, create: bool) -> std::io::Result<Arc<dyn File>> {
+        if let Some(file) = self.open.borrow().get(path) {
+            return Ok(file.clone());
+        }
+        let file = self.fs.open(path, create)?;
+        let mut open = self.open.borrow_mut();
+        if open.len() >= OPEN_MAX {
+            open.clear();
+        }
+        open.insert(path.to_owned(), file.clone());
+        Ok(file)
+    }
+
+    fn close_under(&self, dir: &Path) {
+        self.open.borrow_mut().retain(|path, _| !path.starts_with(dir));
+    }
+}
+
+fn file_path(dir: &Path, base: u64) -> PathBuf {
+    dir.join(format!("{base:020}"))
 }
 
 /// Where every queue's messages stand in the log.
@@ -90,7 +123,8 @@ struct Queue {
     bounds: Bounds,
     /// Entries `[bounds.max - tail.len(), bounds.max)`.
     tail: VecDeque<Entry>,
-    files: BTreeMap<u64, Arc<dyn File>>,
+    /// Bases of its files.
+    files: BTreeSet<u64>,
 }
 
 impl Queue {
@@ -107,6 +141,7 @@ pub struct FileQueues {
     dirty: BTreeSet<(Topic, u32)>,
     buffered: usize,
     unsynced: Unsynced,
+    handles: Handles,
 }
 
 impl FileQueues {
@@ -118,7 +153,9 @@ impl FileQueues {
         covered: u64,
         clean: bool,
     ) -> Result<Self> {
+        let handles = Handles { fs: fs.clone(), open: RefCell::default() };
         let mut this = Self {
+            handles,
             fs,
             dir: dir.into(),
             entries_per_file,
@@ -167,7 +204,7 @@ impl FileQueues {
             // A queue that begins inside a file has holes in front.
             min.get_or_insert(first);
             queue.bounds.max = first + count;
-            queue.files.insert(base, file);
+            queue.files.insert(base);
         }
         let Some(first) = min else { return Ok(None) };
         queue.bounds.min = first;
@@ -210,30 +247,30 @@ impl FileQueues {
         while !queue.tail.is_empty() {
             let from = queue.written();
             let base = from / self.entries_per_file * file_bytes;
-            let path = dir.join(format!("{base:020}"));
+            let path = file_path(&dir, base);
             let failed = |operation| {
                 let path = path.clone();
                 move |e| StoreError::io(operation, path, e)
             };
-            if let btree_map::Entry::Vacant(vacant) = queue.files.entry(base) {
+            if !queue.files.contains(&base) {
                 self.fs.create_dir(&dir).map_err(failed("created"))?;
-                let file = self.fs.open(&path, true).map_err(failed("created"))?;
+                let file = self.handles.get(&path, true).map_err(failed("created"))?;
                 file.set_len(file_bytes).map_err(failed("created"))?;
                 let mut holes = Vec::new();
                 for _ in base / ENTRY_BYTES..from {
                     Entry::HOLE.put(&mut holes);
                 }
                 file.write_at(&holes, 0).map_err(failed("written"))?;
-                vacant.insert(file);
+                queue.files.insert(base);
                 self.unsynced.dirs.extend(dir.ancestors().take(4).map(Path::to_owned));
             }
             let room = (base + file_bytes) / ENTRY_BYTES - from;
             let count = queue.tail.len().min(room as usize);
             let mut bytes = Vec::with_capacity(count * ENTRY_BYTES as usize);
             queue.tail.iter().take(count).for_each(|e| e.put(&mut bytes));
-            let file = &queue.files[&base];
+            let file = self.handles.get(&path, false).map_err(failed("opened"))?;
             file.write_at(&bytes, from * ENTRY_BYTES - base).map_err(failed("written"))?;
-            self.unsynced.files.insert(path, file.clone());
+            self.unsynced.files.insert(path);
             queue.tail.drain(..count);
             self.buffered -= count;
         }
@@ -302,11 +339,14 @@ impl QueueIndex for FileQueues {
         while from < to.min(queue.written()) {
             let base = from / self.entries_per_file * file_bytes;
             let end = to.min(queue.written()).min((base + file_bytes) / ENTRY_BYTES);
-            let Some(file) = queue.files.get(&base) else { break };
+            if !queue.files.contains(&base) {
+                break;
+            }
             let len = ((end - from) * ENTRY_BYTES) as usize;
-            let path = || self.dir.join(topic.as_str()).join(id.to_string());
-            let bytes = fs::read_exact_at(&**file, len, from * ENTRY_BYTES - base)
-                .map_err(|e| StoreError::io("read", path(), e))?;
+            let path = file_path(&self.dir.join(topic.as_str()).join(id.to_string()), base);
+            let file = self.handles.get(&path, false).map_err(|e| StoreError::io("opened", &path, e))?;
+            let bytes = fs::read_exact_at(&*file, len, from * ENTRY_BYTES - base)
+                .map_err(|e| StoreError::io("read", &path, e))?;
             out.extend(bytes.chunks(ENTRY_BYTES as usize).map(|b| Entry::decode(b).unwrap_or(Entry::HOLE)));
             from = end;
         }
@@ -320,7 +360,8 @@ impl QueueIndex for FileQueues {
         self.buffered -= queues.values().map(|q| q.tail.len()).sum::<usize>();
         self.dirty.retain(|(t, _)| t != topic);
         let dir = self.dir.join(topic.as_str());
-        self.unsynced.files.retain(|path, _| !path.starts_with(&dir));
+        self.unsynced.files.retain(|path| !path.starts_with(&dir));
+        self.handles.close_under(&dir);
         match self.fs.remove_dir(&dir) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(StoreError::io("removed", dir, e)),
             _ => Ok(()),
@@ -335,11 +376,12 @@ impl QueueIndex for FileQueues {
             let Some(queue) = self.topics.get_mut(&topic).and_then(|q| q.get_mut(&id)) else { continue };
             queue.bounds.min = min;
             let dir = self.dir.join(topic.as_str()).join(id.to_string());
-            while let Some((base, _)) = queue.files.first_key_value().filter(|_| queue.files.len() > 1) {
+            while let Some(base) = queue.files.first().copied().filter(|_| queue.files.len() > 1) {
                 if (base + file_bytes) / ENTRY_BYTES > min {
                     break;
                 }
-                let path = dir.join(format!("{base:020}"));
+                let path = file_path(&dir, base);
+                self.handles.close_under(&path);
                 self.fs.remove_file(&path).map_err(|e| StoreError::io("removed", &path, e))?;
                 self.unsynced.files.remove(&path);
                 queue.files.pop_first();

@@ -37,6 +37,9 @@ pub enum BenchCommand {
 pub struct BenchArgs {
     #[arg(long, default_value = "bench")]
     pub topic: String,
+    /// Send to this many topics in turn: NAME-0, NAME-1, …
+    #[arg(long, default_value_t = 1)]
+    pub topics: u64,
     #[arg(long, default_value = "bench")]
     pub group: String,
     /// Body, bytes
@@ -149,11 +152,15 @@ pub async fn run(command: BenchCommand) -> anyhow::Result<()> {
 }
 
 async fn route(client: &mut Messaging, args: &BenchArgs) -> anyhow::Result<Vec<MessageQueue>> {
-    let endpoints = client::endpoints(&args.remote.endpoint);
-    let request = QueryRouteRequest { topic: resource(&args.topic), endpoints };
-    let reply = client.query_route(request).await.map_err(failed)?.into_inner();
-    check(reply.status.as_ref())?;
-    Ok(reply.message_queues)
+    let mut queues = Vec::new();
+    for i in 0..args.topics.max(1) {
+        let endpoints = client::endpoints(&args.remote.endpoint);
+        let request = QueryRouteRequest { topic: resource(&topic_of(args, i)), endpoints };
+        let reply = client.query_route(request).await.map_err(failed)?.into_inner();
+        check(reply.status.as_ref())?;
+        queues = reply.message_queues;
+    }
+    Ok(queues)
 }
 
 async fn measure(meter: &Meter, args: &BenchArgs) -> (f64, Option<Duration>) {
@@ -214,10 +221,18 @@ fn now_us() -> u64 {
     since.as_micros() as u64
 }
 
-fn message(args: &BenchArgs, body: &Bytes, sequence: u64) -> Message {
+/// The topic of a call.
+fn topic_of(args: &BenchArgs, call: u64) -> String {
+    match args.topics {
+        0 | 1 => args.topic.clone(),
+        topics => format!("{}-{}", args.topic, call % topics),
+    }
+}
+
+fn message(topic: &str, body: &Bytes, sequence: u64) -> Message {
     let sent = now_us();
     Message {
-        topic: resource(&args.topic),
+        topic: resource(topic),
         user_properties: HashMap::from([("sent".to_owned(), sent.to_string())]),
         system_properties: Some(SystemProperties {
             tag: Some("bench".into()),
@@ -239,7 +254,9 @@ async fn send_once(
     body: &Bytes,
     sequence: u64,
 ) -> anyhow::Result<()> {
-    let messages = (0..args.batch as u64).map(|i| message(args, body, sequence + i)).collect();
+    // Calls of one worker and of different workers go to different topics.
+    let topic = topic_of(args, sequence / args.batch as u64 + (sequence >> 24));
+    let messages = (0..args.batch as u64).map(|i| message(&topic, body, sequence + i)).collect();
     let reply = client.send_message(SendMessageRequest { messages }).await.map_err(failed)?.into_inner();
     check(reply.status.as_ref())
 }

@@ -584,7 +584,8 @@ impl Engine {
             self.keys_asked = self.log.end();
         }
         let keys = self.keys.clone();
-        Ok(Checkpoint { covered: self.log.end(), batch, unsynced, clean, keys, sync_keys })
+        let dir = self.options.dir.clone();
+        Ok(Checkpoint { covered: self.log.end(), batch, unsynced, clean, keys, sync_keys, dir })
     }
 
     pub fn checkpoint_written(&mut self, outcome: Outcome) {

@@ -172,6 +172,17 @@ impl Fs for MemFs {
         Ok(())
     }
 
+    fn sync_all(&self, _dir: &Path) -> io::Result<()> {
+        let mut disk = self.0.lock();
+        if disk.strikes(false) {
+            return Err(io::Error::other("injected sync error"));
+        }
+        for content in disk.files.values() {
+            content.lock().make_durable();
+        }
+        Ok(())
+    }
+
     fn space(&self, _dir: &Path) -> io::Result<Option<Space>> {
         Ok(self.0.lock().space)
     }
@@ -201,6 +212,14 @@ struct MemFile {
 }
 
 impl Content {
+    /// Content and name survive a power loss.
+    fn make_durable(&mut self) {
+        let Content { now, durable, dirty, linked, .. } = self;
+        durable.clone_from(now);
+        dirty.clear();
+        *linked = true;
+    }
+
     fn write(&mut self, buf: &[u8], at: u64) {
         let end = at as usize + buf.len();
         if self.now.len() < end {

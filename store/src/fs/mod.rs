@@ -41,6 +41,8 @@ pub trait Fs: Send + Sync + 'static {
     fn remove_dir(&self, dir: &Path) -> io::Result<()>;
     /// Makes creations and removals in the folder durable.
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
+    /// Everything written before, on the file system of the folder.
+    fn sync_all(&self, dir: &Path) -> io::Result<()>;
     /// None where there is no such thing as a disk.
     fn space(&self, dir: &Path) -> io::Result<Option<Space>>;
     /// An exclusive lock, held until the value is dropped; `WouldBlock` if another process has it.

@@ -55,6 +55,10 @@ impl Fs for OsFs {
         fs::File::open(dir)?.sync_all()
     }
 
+    fn sync_all(&self, dir: &Path) -> io::Result<()> {
+        Ok(rustix::fs::syncfs(fs::File::open(dir)?)?)
+    }
+
     fn space(&self, dir: &Path) -> io::Result<Option<Space>> {
         let disk = rustix::fs::statvfs(dir)?;
         Ok(Some(Space { total: disk.f_blocks * disk.f_frsize, free: disk.f_bavail * disk.f_frsize }))
