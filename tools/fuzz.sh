@@ -14,7 +14,9 @@ export PATH="$cache/fuzz/bin:$PATH" CARGO_TARGET_DIR="$cache/fuzz/target"
 for target in record queue_entry index change handle properties; do
   # What is found goes to a scratch folder; the corpus in the repository grows by hand.
   found=$(mktemp -d)
-  echo "fuzz: $target, $seconds s"
-  cargo +nightly fuzz run "$target" "$found" "fuzz/corpus/$target" -- "-max_total_time=$seconds" -verbosity=0 -print_final_stats=0
-  rm -rf "$found"
+  log=$found.log
+  cargo +nightly fuzz run "$target" "$found" "fuzz/corpus/$target" -- "-max_total_time=$seconds" -print_final_stats=1 >"$log" 2>&1 ||
+    { grep -v "^\"" "$log" | tail -40 >&2; echo "fuzz: $target failed; the whole log is $log" >&2; exit 1; }
+  echo "fuzz: $target: $(sed -n 's/^stat::number_of_executed_units: *//p' "$log") runs in $seconds s"
+  rm -rf "$found" "$log"
 done
