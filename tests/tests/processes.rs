@@ -318,3 +318,73 @@ fn the_readme_tells_the_truth() {
         }
     }
 }
+
+/// A small file system in memory, taken away at the end. Needs root, as the gate has it.
+struct SmallDisk(std::path::PathBuf);
+
+impl SmallDisk {
+    fn mount(at: &Path, size: &str) -> Self {
+        std::fs::create_dir(at).unwrap();
+        let options = format!("size={size}");
+        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(at).status();
+        assert!(mounted.is_ok_and(|s| s.success()), "mounting a tmpfs needs root");
+        Self(at.into())
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_full_disk_refuses_sends_keeps_everything_and_goes_on_by_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = SmallDisk::mount(&dir.path().join("disk"), "224m");
+    let ballast = disk.0.join("ballast");
+    std::fs::write(&ballast, vec![1; 100 << 20]).unwrap();
+    let port = free_port();
+    let mut server = dev(&disk.0, port, &[]);
+    let endpoint = format!("127.0.0.1:{port}");
+    let lines = dir.path().join("lines");
+    std::fs::write(&lines, "y".repeat(1 << 20)).unwrap();
+    let send = || {
+        let args = ["send", "full", "--file", lines.to_str().unwrap(), "--endpoint", &endpoint];
+        let out = Command::new(ferry()).args(args).output().expect("ferry runs");
+        (out.status.success(), String::from_utf8_lossy(&out.stderr).into_owned())
+    };
+    let mut stored = 0;
+    let refused = loop {
+        match send() {
+            (true, _) => stored += 1,
+            (false, why) => break why,
+        }
+        assert!(stored < 200, "the disk does not fill");
+    };
+    assert!(refused.contains("MASTER_PERSISTENCE_TIMEOUT") && refused.contains("full"), "{refused}");
+    assert!(stored > 20, "{stored} MiB fitted");
+    // Acknowledgements go on.
+    let args = ["receive", "full", "--group", "g", "-n", "3", "--ack", "--endpoint", &endpoint, "-o", "json"];
+    assert_eq!(run(&args).lines().count(), 3);
+    assert!(!send().0, "still full");
+
+    std::fs::remove_file(&ballast).unwrap();
+    let until = Instant::now() + Duration::from_secs(20);
+    while !send().0 {
+        assert!(Instant::now() < until, "sends do not go on though there is space");
+    }
+    stored += 1;
+    server.kill();
+    server.start_again();
+    let queues: serde_json::Value =
+        serde_json::from_str(&run(&["topic", "describe", "full", "--endpoint", &endpoint, "-o", "json"]))
+            .unwrap();
+    let count = |q: &serde_json::Value| q["max"].as_u64().unwrap() - q["min"].as_u64().unwrap();
+    assert_eq!(queues.as_array().unwrap().iter().map(count).sum::<u64>(), stored, "{queues}");
+    let lag: serde_json::Value =
+        serde_json::from_str(&run(&["group", "lag", "g", "--endpoint", &endpoint, "-o", "json"])).unwrap();
+    let committed: u64 = lag.as_array().unwrap().iter().map(|q| q["committed"].as_u64().unwrap()).sum();
+    assert_eq!(committed, 3, "{lag}");
+    server.kill();
+}
