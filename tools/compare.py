@@ -91,6 +91,17 @@ class Server:
             for topic in ("one", "many", "e2e"):
                 self.admin("updateTopic", "-c", "DefaultCluster", "-t", topic, "-r", "8", "-w", "8", "-a", "+message.type=NORMAL")
             self.admin("updateSubGroup", "-c", "DefaultCluster", "-g", "bench", "-s", "true")
+            for topic in ("one", "many", "e2e"):
+                self.await_route(topic)
+
+    def await_route(self, topic):
+        """The proxy learns of a new topic from the name server after a while."""
+        for _ in range(120):
+            out = subprocess.run([FERRY, "send", topic, "x", "--endpoint", f"127.0.0.1:{PORT}"], capture_output=True)
+            if out.returncode == 0:
+                return
+            time.sleep(0.5)
+        sys.exit(f"compare: {self.kind} does not find the route of {topic}")
 
     def admin_ms(self):
         began = time.monotonic()

@@ -317,3 +317,76 @@ fn report(command: Command, (engine, driver): &Back) {
         driver.drive();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use model::{ManualClock, SystemClock};
+    use store::fs::MemFs;
+    use store::keys::Shape;
+    use store::kv::MemKv;
+    use store::log::LogOptions;
+    use store::{Engine, FlushMode, Options, Retention};
+    use tokio::sync::oneshot;
+
+    use super::*;
+
+    fn start_one(clock: impl Clock) -> Commands {
+        let options = Options {
+            dir: "/data".into(),
+            flush: FlushMode::Async,
+            log: LogOptions { segment_bytes: 1 << 20, chunk_bytes: 64 << 10, reserve_bytes: 64 << 10 },
+            queue_file_entries: 64,
+            key_index: Shape { slots: 16, entries: 100 },
+            retention: Retention::default(),
+            host: ([127, 0, 0, 1], 1).into(),
+            new_key: [1; 16],
+        };
+        let fs: Arc<dyn Fs> = Arc::new(MemFs::new());
+        let lock = store::engine::claim(&*fs, &options).unwrap();
+        let kv = Arc::new(MemKv::default());
+        let (engine, _) = Engine::open(options, fs, kv, lock, clock.now()).unwrap();
+        start(EngineLoop::new(engine, clock.now()), clock)
+    }
+
+    #[tokio::test]
+    async fn a_caller_that_goes_away_leaves_no_command_lying_there() {
+        let commands = start_one(SystemClock);
+        let (done, seen) = mpsc::channel();
+        let look = Command::Look(Box::new(move |_| drop(done.send(()))));
+        {
+            let mut bringing = Box::pin(commands.bring(look));
+            // It is dropped while it lets the others go first.
+            std::future::poll_fn(|cx| {
+                assert!(bringing.as_mut().poll(cx).is_pending());
+                std::task::Poll::Ready(())
+            })
+            .await;
+        }
+        seen.recv().unwrap();
+    }
+
+    #[tokio::test]
+    async fn after_a_panic_every_call_is_told_that_the_store_has_stopped() {
+        let commands = start_one(SystemClock);
+        let panics = commands.clone();
+        let look = Command::Look(Box::new(|_| panic!("a bug")));
+        assert!(tokio::spawn(async move { panics.bring(look).await }).await.unwrap_err().is_panic());
+        let (answer, reply) = oneshot::channel::<()>();
+        commands.bring(Command::Look(Box::new(move |_| drop(answer.send(()))))).await.unwrap();
+        assert!(reply.await.is_err(), "the answer is lost, not late");
+    }
+
+    #[tokio::test]
+    async fn a_stop_is_answered_and_later_calls_are_refused() {
+        // The keeper comes although time stands still.
+        let commands = start_one(ManualClock::at(1_000_000));
+        let (done, stopped) = oneshot::channel();
+        commands.bring_now(Command::Stop(done));
+        stopped.await.unwrap();
+        let (answer, reply) = oneshot::channel::<()>();
+        commands.bring(Command::Look(Box::new(move |_| drop(answer.send(()))))).await.unwrap();
+        assert!(reply.await.is_err());
+    }
+}

@@ -364,7 +364,7 @@ impl Broker {
             log_covered: state.log_covered,
             disk_total: state.disk.map_or(0, |d| d.total),
             disk_free: state.disk.map_or(0, |d| d.free),
-            held_by: state.held_by.map(|(group, topic)| format!("{group} on {topic}")).unwrap_or_default(),
+            held_by: state.held_by.unwrap_or_default(),
             held_from: state.held_from,
             oldest_ms: state.oldest_ms,
             keys_at: progress.map_or(0, |p| p.at),

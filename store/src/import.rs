@@ -300,8 +300,9 @@ fn metadata(fs: &dyn Fs, config: &Path, stored: &BTreeMap<String, u64>) -> Resul
         }
         let fifo = config.get("consumeMessageOrderly").and_then(Value::as_bool).unwrap_or(false);
         // The reference counts retries, we count deliveries.
-        let retries = config.get("retryMaxTimes").and_then(Value::as_i64).unwrap_or(16).max(0);
-        let max_attempts = u32::try_from(retries + 1).unwrap_or(limits::ATTEMPTS_DEFAULT);
+        let retries = config.get("retryMaxTimes").and_then(Value::as_u64);
+        let attempts = retries.and_then(|retries| u32::try_from(retries + 1).ok());
+        let max_attempts = attempts.unwrap_or(limits::ATTEMPTS_DEFAULT);
         let group = Group::stored(&name);
         out.groups.push(GroupConfig { fifo, max_attempts, version: 1, ..GroupConfig::concurrent(group) });
     }

@@ -8,7 +8,7 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use model::{Group, Timestamp, Topic};
+use model::{Timestamp, Topic};
 
 use super::Engine;
 use crate::error::Result;
@@ -58,8 +58,8 @@ pub struct State {
     pub log_flushed: u64,
     pub log_covered: u64,
     pub disk: Option<Space>,
-    /// Who has not consumed the message at `held_from`, the oldest such one.
-    pub held_by: Option<(Group, Topic)>,
+    /// Who has not consumed the message at `held_from`, the oldest such one: `group on topic`.
+    pub held_by: Option<String>,
     pub held_from: u64,
     pub oldest_ms: i64,
     pub unreadable: u64,
@@ -119,7 +119,7 @@ impl Engine {
     }
 
     /// The oldest log offset that some group has not consumed, and who that is.
-    fn held(&self) -> (u64, Option<(Group, Topic)>) {
+    fn held(&self) -> (u64, Option<String>) {
         let mut oldest = (self.log.end(), None);
         let mut consumed = HashSet::new();
         let first = |topic: &Topic, queue, offset| {
@@ -129,13 +129,13 @@ impl Engine {
         for (key, lag) in self.pop.positions() {
             consumed.insert(key.topic.clone());
             if let Some(at) = first(&key.topic, key.queue, lag.committed).filter(|at| *at < oldest.0) {
-                oldest = (at, Some((key.group.clone(), key.topic.clone())));
+                oldest = (at, Some(format!("{} on {}", key.group, key.topic)));
             }
         }
         // Retries that their group has not looked at yet.
         for topic in self.index.topics().into_iter().filter(|t| t.is_retry() && !consumed.contains(t)) {
             if let Some(at) = first(&topic, 0, 0).filter(|at| *at < oldest.0) {
-                oldest = (at, Some((Group::stored("retries"), topic)));
+                oldest = (at, Some(format!("a group that has not looked at {topic}")));
             }
         }
         oldest
