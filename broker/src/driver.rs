@@ -354,7 +354,7 @@ mod tests {
     async fn a_caller_that_goes_away_leaves_no_command_lying_there() {
         let commands = start_one(SystemClock);
         let (done, seen) = mpsc::channel();
-        let look = Command::Look(Box::new(move |_| drop(done.send(()))));
+        let look = Command::Look(Box::new(move |_| done.send(()).unwrap()));
         {
             let mut bringing = Box::pin(commands.bring(look));
             // It is dropped while it lets the others go first.
@@ -374,7 +374,7 @@ mod tests {
         let look = Command::Look(Box::new(|_| panic!("a bug")));
         assert!(tokio::spawn(async move { panics.bring(look).await }).await.unwrap_err().is_panic());
         let (answer, reply) = oneshot::channel::<()>();
-        commands.bring(Command::Look(Box::new(move |_| drop(answer.send(()))))).await.unwrap();
+        commands.bring(Command::Look(Box::new(move |_| answer.send(()).unwrap()))).await.unwrap();
         assert!(reply.await.is_err(), "the answer is lost, not late");
     }
 
@@ -386,7 +386,7 @@ mod tests {
         commands.bring_now(Command::Stop(done));
         stopped.await.unwrap();
         let (answer, reply) = oneshot::channel::<()>();
-        commands.bring(Command::Look(Box::new(move |_| drop(answer.send(()))))).await.unwrap();
+        commands.bring(Command::Look(Box::new(move |_| answer.send(()).unwrap()))).await.unwrap();
         assert!(reply.await.is_err());
     }
 }

@@ -373,4 +373,10 @@ fn keys_are_found_at_once_and_after_a_kill() {
     engine.keys().rebuild(&engine.reader(), || false).unwrap();
     assert_eq!(engine.keys().find(hash, 0, i64::MAX, 9).unwrap(), [second, first]);
     assert_eq!(engine.keys().progress(), None);
+    engine.close(NOW).unwrap();
+    // The mark of how far it goes once shared its row with a family of the same name.
+    let (engine, report) = disk.open(FlushMode::Async);
+    assert!(report.clean);
+    assert_eq!(engine.keys().progress(), None, "nothing to index again after a clean stop");
+    assert_eq!(engine.keys().find(hash, 0, i64::MAX, 9).unwrap(), [second, first]);
 }

@@ -30,7 +30,8 @@ const PAGE_BYTES: u64 = 4096;
 const REBUILD_BYTES: u64 = 16 << 20;
 /// Entries that wait for a rebuild to end; more are read from the log again instead.
 const WAITING_MAX: usize = 1 << 18;
-const ROW: &[u8] = b"keys";
+/// Not the name of a family: those have rows of their own in the same place.
+const ROW: &[u8] = b"key index";
 
 /// Sizes of an index file; the default is the reference's.
 #[derive(Clone, Copy, Debug)]

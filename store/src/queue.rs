@@ -174,6 +174,10 @@ impl FileQueues {
             }
             this.topics.insert(Topic::stored(&topic), queues);
         }
+        if !clean && !this.topics.is_empty() {
+            // What was cut, of any number of files.
+            this.fs.sync_all(dir).map_err(|e| StoreError::io("synced", dir, e))?;
+        }
         Ok(this)
     }
 
@@ -199,7 +203,6 @@ impl FileQueues {
                 // Entries of a log that has been cut since must never be taken for valid ones later.
                 file.set_len(count * ENTRY_BYTES).map_err(failed("cut", &path))?;
                 file.set_len(self.entries_per_file * ENTRY_BYTES).map_err(failed("cut", &path))?;
-                file.sync().map_err(failed("synced", &path))?;
             }
             // A queue that begins inside a file has holes in front.
             min.get_or_insert(first);

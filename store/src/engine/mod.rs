@@ -227,7 +227,9 @@ impl Engine {
         let mut report = engine.replay(covered.offset)?;
         report.clean = covered.clean;
         engine.keys.follow(engine.log.start(), report.end);
-        engine.index.trim(engine.log.start())?;
+        if engine.log.start() > 0 {
+            engine.index.trim(engine.log.start())?;
+        }
         match engine.meta.key() {
             Some(key) => engine.key = key,
             None => {
