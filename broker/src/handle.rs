@@ -121,19 +121,20 @@ impl Broker {
     }
 
     async fn pop_or_wait(&self, command: &PopCommand, deadline: Instant) -> Reply<Vec<Popped>> {
-        let (answer, mut reply) = oneshot::channel();
+        let (answer, reply) = oneshot::channel();
+        let mut reply = Unread { broker: self, reply };
         let wait = command.wait && Instant::now() < deadline;
         let command = Command::Pop { request: PopCommand { wait, ..command.clone() }, answer };
         self.0.commands.bring(command).await?;
         if !wait {
-            return reply.await.unwrap_or_else(|_| Err(error::stopped()));
+            return (&mut reply.reply).await.unwrap_or_else(|_| Err(error::stopped()));
         }
-        match tokio::time::timeout_at(deadline, &mut reply).await {
+        match tokio::time::timeout_at(deadline, &mut reply.reply).await {
             Ok(result) => result.unwrap_or_else(|_| Err(error::stopped())),
             Err(_) => {
                 // What was answered in this very moment is not lost.
-                reply.close();
-                reply.try_recv().unwrap_or_else(|_| Ok(Vec::new()))
+                reply.reply.close();
+                reply.reply.try_recv().unwrap_or_else(|_| Ok(Vec::new()))
             }
         }
     }
@@ -456,6 +457,24 @@ fn plain(r: Record) -> Delivered {
         store_timestamp_ms: r.store_timestamp_ms,
         store_host: r.store_host.to_string(),
         ..Delivered::default()
+    }
+}
+
+/// An answer that may come in the moment in which its caller goes away: what it holds is given back.
+struct Unread<'a> {
+    broker: &'a Broker,
+    reply: oneshot::Receiver<Result<Vec<Popped>, Error>>,
+}
+
+impl Drop for Unread<'_> {
+    fn drop(&mut self) {
+        self.reply.close();
+        if let Ok(Ok(popped)) = self.reply.try_recv()
+            && !popped.is_empty()
+        {
+            let receipts = popped.into_iter().map(|p| p.receipt).collect();
+            self.broker.0.commands.bring_now(Command::Release(receipts));
+        }
     }
 }
 
