@@ -284,13 +284,13 @@ fn do_chores(chores: &Jobs<Chore>, syncer: &Syncer, fs: &dyn Fs, kv: &dyn Kv, ba
     for chore in chores {
         match chore {
             Chore::Write(checkpoint) => {
-                let outcome = checkpoint.write(syncer, fs, kv);
+                let outcome = checkpoint.write(syncer, kv);
                 report(Command::CheckpointWritten(outcome), back);
             }
             Chore::Remove(retired) => {
                 for file in &retired.files {
                     if let Err(error) = fs.remove_file(file) {
-                        tracing::warn!(%error, file = %file.display(), "an old log file could not be removed");
+                        tracing::warn!(%error, file = %file.display(), "an old file could not be removed");
                     }
                 }
                 if let Err(error) = retired.keys.prune(retired.log_start) {

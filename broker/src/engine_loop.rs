@@ -16,16 +16,16 @@ use crate::error;
 use crate::waiters::{Key, Waiters};
 
 /// How much log a restart may have to replay, and how long derived state may stay behind.
-const CHECKPOINT_BYTES: u64 = 64 << 20;
-const CHECKPOINT_MS: i64 = 5_000;
+const CHECKPOINT_BYTES: u64 = 256 << 20;
+const CHECKPOINT_MS: i64 = 10_000;
 /// Between two checkpoints at the least.
 const CHECKPOINT_MIN_MS: i64 = 50;
 /// In async mode the log is synced this long after a write at the latest.
 const FLUSH_MS: i64 = 500;
 /// Between two looks at the disk.
 const DISK_MS: i64 = 10_000;
-/// Queue entries kept in memory before they are written behind.
-const BUFFERED_ENTRIES_MAX: usize = 64 * 1024;
+/// Queue entries in memory that no checkpoint has taken: 6 MiB.
+const BUFFERED_ENTRIES_MAX: usize = 256 * 1024;
 
 /// An answer that waits for the commit it belongs to.
 pub enum Reply {

@@ -386,8 +386,8 @@ impl Broker {
             MetadataReply {
                 broker,
                 version: meta.version(),
-                topics: meta.topics().map(wire::topic_to_wire).collect(),
-                groups: meta.groups().map(wire::group_to_wire).collect(),
+                topics: meta.topics().into_iter().map(wire::topic_to_wire).collect(),
+                groups: meta.groups().into_iter().map(wire::group_to_wire).collect(),
             }
         })
         .await

@@ -11,7 +11,7 @@ use crate::change::Change;
 use crate::engine::{self, PopRequest};
 use crate::fs::{Fault, Fs, MemFs, Space};
 use crate::keys::key_hash;
-use crate::kv::MemKv;
+use crate::kv::{Batch, Family, Kv, MemKv};
 use crate::log::{LogOptions, segment_path};
 use crate::pop::Standing;
 use crate::{Engine, FlushMode, NewMessage, Options, Popped, RecoveryReport, Retention, StoreError};
@@ -277,16 +277,16 @@ fn fill(engine: &mut Engine, consumed: usize) {
 
 fn checkpoint(engine: &mut Engine) {
     let checkpoint = engine.checkpoint(NOW, false).unwrap();
-    let outcome = checkpoint.write(&engine.syncer(), &*engine.fs(), &*engine.kv());
+    let outcome = checkpoint.write(&engine.syncer(), &*engine.kv());
     engine.checkpoint_written(outcome);
 }
 
-/// Lets go of what may go, as the broker's threads do; how many files.
+/// Lets go of what may go, as the broker's threads do; how many files of the log.
 fn keep_disk(engine: &mut Engine, now: Timestamp) -> usize {
     let Some(retired) = engine.keep_disk(now).unwrap() else { return 0 };
     retired.files.iter().for_each(|file| engine.fs().remove_file(file).unwrap());
     retired.keys.prune(retired.log_start).unwrap();
-    retired.files.len()
+    retired.files.iter().filter(|file| file.starts_with("/data/commitlog")).count()
 }
 
 #[test]
@@ -379,4 +379,28 @@ fn keys_are_found_at_once_and_after_a_kill() {
     assert!(report.clean);
     assert_eq!(engine.keys().progress(), None, "nothing to index again after a clean stop");
     assert_eq!(engine.keys().find(hash, 0, i64::MAX, 9).unwrap(), [second, first]);
+}
+
+#[test]
+fn a_folder_of_the_first_format_gets_its_queues_made_again() {
+    let disk = Disk::new();
+    let (mut engine, _) = disk.open(FlushMode::Async);
+    fill(&mut engine, 20);
+    let bounds = engine.bounds(&topic(), 0);
+    let entries = engine.entries(&topic(), 0, 0, 100).unwrap();
+    engine.close(NOW).unwrap();
+    // As it was: no rows of queues, another mark.
+    let mut batch = Batch::default();
+    batch.delete(Family::Covered, "queue rows");
+    disk.kv.rows(Family::Queues).unwrap().into_iter().for_each(|(key, _)| batch.delete(Family::Queues, key));
+    disk.kv.write(&batch, true).unwrap();
+    disk.fs.open(Path::new("/data/format"), false).unwrap().write_at(b"ferrymq 1\n", 0).unwrap();
+    for _ in 0..2 {
+        let (engine, _) = disk.open(FlushMode::Async);
+        assert_eq!(engine.bounds(&topic(), 0), bounds);
+        assert_eq!(engine.entries(&topic(), 0, 0, 100).unwrap(), entries);
+        engine.close(NOW).unwrap();
+    }
+    let file = disk.fs.open_read(Path::new("/data/format")).unwrap();
+    assert_eq!(crate::fs::read_exact_at(&*file, 10, 0).unwrap(), b"ferrymq 2\n");
 }

@@ -271,7 +271,7 @@ impl KeyIndex {
         files.failed = true;
         let mut batch = Batch::default();
         batch.delete(Family::Covered, ROW);
-        files.kv.write(batch, true)
+        files.kv.write(&batch, true)
     }
 
     /// Set while keys are being indexed again.
@@ -405,7 +405,7 @@ impl Files {
         }
         let mut batch = Batch::default();
         batch.put(Family::Covered, ROW, encode_row(self.covered, next, newest));
-        self.kv.write(batch, true)?;
+        self.kv.write(&batch, true)?;
         self.synced = self.covered;
         Ok(())
     }

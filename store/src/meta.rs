@@ -1,6 +1,6 @@
 //! Topics, groups and the replica set's key: what the log's change records say of them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeSet, HashMap};
 
 use model::codec::Reader;
 use model::{Group, GroupConfig, ReceiptKey, Topic, TopicConfig};
@@ -11,8 +11,8 @@ use crate::kv::{Batch, Family, Kv};
 
 #[derive(Debug, Default)]
 pub struct Meta {
-    topics: BTreeMap<Topic, TopicConfig>,
-    groups: BTreeMap<Group, GroupConfig>,
+    topics: HashMap<Topic, TopicConfig>,
+    groups: HashMap<Group, GroupConfig>,
     key: Option<ReceiptKey>,
     /// Grows with every change while the process lives.
     version: u64,
@@ -52,14 +52,18 @@ impl Meta {
         self.groups.get(group).filter(|g| !g.deleted)
     }
 
-    /// All records, those of deleted topics too.
-    pub fn topics(&self) -> impl Iterator<Item = &TopicConfig> {
-        self.topics.values()
+    /// All records by name, those of deleted topics too.
+    pub fn topics(&self) -> Vec<&TopicConfig> {
+        let mut all: Vec<_> = self.topics.values().collect();
+        all.sort_unstable_by_key(|t| &t.topic);
+        all
     }
 
-    /// All records, those of deleted groups too.
-    pub fn groups(&self) -> impl Iterator<Item = &GroupConfig> {
-        self.groups.values()
+    /// All records by name, those of deleted groups too.
+    pub fn groups(&self) -> Vec<&GroupConfig> {
+        let mut all: Vec<_> = self.groups.values().collect();
+        all.sort_unstable_by_key(|g| &g.group);
+        all
     }
 
     pub fn key(&self) -> Option<ReceiptKey> {

@@ -296,13 +296,13 @@ impl World {
     }
 
     fn checkpoint(&mut self) {
-        let (fs, kv) = (self.fs.clone(), self.kv.clone());
+        let kv = self.kv.clone();
         let result = self.with(|e, now| {
             if !e.can_checkpoint() {
                 return Ok(());
             }
             let checkpoint = e.checkpoint(now, false)?;
-            let result = checkpoint.write(&e.syncer(), &fs, &kv);
+            let result = checkpoint.write(&e.syncer(), &kv);
             e.checkpoint_written(result);
             e.commit(now).map(drop)
         });

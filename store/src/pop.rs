@@ -522,7 +522,7 @@ mod tests {
         let kv = MemKv::default();
         let mut batch = Batch::default();
         pop.checkpoint(&mut batch);
-        kv.write(batch, true).unwrap();
+        kv.write(&batch, true).unwrap();
         let loaded = Pop::load(&kv, Timestamp(0)).unwrap();
         assert_eq!(loaded.lag(&key()), pop.lag(&key()));
         assert_eq!(loaded.due, pop.due);
@@ -533,7 +533,7 @@ mod tests {
         }));
         let mut batch = Batch::default();
         pop.checkpoint(&mut batch);
-        kv.write(batch, true).unwrap();
+        kv.write(&batch, true).unwrap();
         assert_eq!(Pop::load(&kv, Timestamp(0)).unwrap().cursors(&Group::stored("g")), []);
     }
 }

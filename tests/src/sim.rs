@@ -134,8 +134,8 @@ async fn drive(
             }
         }
         if let Some(checkpoint) = effects.checkpoint {
-            let (fs, kv) = (engine_loop.engine().fs(), engine_loop.engine().kv());
-            let result = checkpoint.write(&syncer, &*fs, &*kv);
+            let kv = engine_loop.engine().kv();
+            let result = checkpoint.write(&syncer, &*kv);
             engine_loop.handle(broker::command::Command::CheckpointWritten(result), clock.now());
         }
     }

@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use apis::v2::{Code, QueryRouteRequest};
 use serde_json::Value;
+use tests::client;
 use tests::process::{Server, free_port, run};
 
 fn script() -> PathBuf {
@@ -47,27 +49,41 @@ impl Apache {
         apache
     }
 
+    /// Again until it works: the broker registers with its name server a while after it is ready.
     fn admin(&self, args: &[&str]) {
-        let out = Command::new(script()).args(["admin", &self.port.to_string()]).args(args).output().unwrap();
-        let text = String::from_utf8_lossy(&out.stdout);
-        assert!(text.contains("success"), "{args:?}: {text}{}", String::from_utf8_lossy(&out.stderr));
+        let until = Instant::now() + Duration::from_secs(60);
+        loop {
+            let out =
+                Command::new(script()).args(["admin", &self.port.to_string()]).args(args).output().unwrap();
+            let text = String::from_utf8_lossy(&out.stdout);
+            if text.contains("success") {
+                return;
+            }
+            assert!(Instant::now() < until, "{args:?}: {text}{}", String::from_utf8_lossy(&out.stderr));
+        }
     }
 
     fn topic_and_group(&self) {
-        self.admin(&[
-            "updateTopic",
-            "-c",
-            "DefaultCluster",
-            "-t",
-            "T",
-            "-r",
-            "4",
-            "-w",
-            "4",
-            "-a",
-            "+message.type=NORMAL",
-        ]);
+        let topic = ["updateTopic", "-c", "DefaultCluster", "-t", "T", "-r", "4", "-w", "4"];
+        self.admin(&[&topic[..], &["-a", "+message.type=NORMAL"]].concat());
         self.admin(&["updateSubGroup", "-c", "DefaultCluster", "-g", "G", "-s", "true", "-r", "9"]);
+        self.await_route();
+    }
+
+    /// The proxy learns of a new topic a while after its name server.
+    #[tokio::main(flavor = "current_thread")]
+    async fn await_route(&self) {
+        let mut proxy = client::connect(self.port).await;
+        let until = Instant::now() + Duration::from_secs(60);
+        loop {
+            let request = QueryRouteRequest { topic: client::name("T"), endpoints: client::endpoints() };
+            let reply = proxy.query_route(client::by("c", request)).await.expect("the proxy answers");
+            match reply.into_inner().status {
+                Some(status) if status.code() == Code::Ok => return,
+                status => assert!(Instant::now() < until, "{status:?}"),
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
     }
 
     /// The folder as it was left.

@@ -8,7 +8,7 @@ use model::{Group, Receipt, TagFilter, Timestamp, Topic, TopicConfig, limits};
 
 use super::{Engine, FlushMode, NewMessage, record_len};
 use crate::change::{Change, CursorKey};
-use crate::error::Result;
+use crate::error::{Result, StoreError};
 use crate::log::Room;
 use crate::log::record::Record;
 use crate::pop::{Due, Standing};
@@ -82,14 +82,22 @@ impl Engine {
         out: &mut Vec<Popped>,
     ) -> Result<()> {
         let queues = self.index.queues(topic);
+        let mut unreadable = Ok(());
         for i in 0..queues.len() {
             if out.len() >= request.max || self.pop.in_flight(request.group) >= limits::IN_FLIGHT_MAX {
                 break;
             }
             let queue = queues[(i + turn as usize) % queues.len()];
-            self.pop_queue(request, topic, queue, now, out)?;
+            match self.pop_queue(request, topic, queue, now, out) {
+                // Its file is damaged: the others are not held up, and what is in it is not passed over.
+                Err(error @ (StoreError::Io { .. } | StoreError::Damaged { .. })) if queues.len() > 1 => {
+                    tracing::error!(%topic, queue, %error, "this queue cannot be read");
+                    unreadable = Err(error);
+                }
+                other => other?,
+            }
         }
-        Ok(())
+        if out.is_empty() { unreadable } else { Ok(()) }
     }
 
     fn pop_queue(
@@ -293,7 +301,8 @@ impl Engine {
             let to = to.unwrap_or(if last { Destination::DeadLetter } else { Destination::Retry });
             self.copy(cursor, &record, to, now)?;
             // The copy in the log says so itself: moving is one record, not two that a crash could part.
-            return self.apply(&done);
+            self.apply(&done);
+            return Ok(());
         }
         self.change(done);
         Ok(())

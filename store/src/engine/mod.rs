@@ -22,7 +22,7 @@ pub use self::consume::{NEW_GROUP_BACKLOG_MAX_BYTES, PopRequest, Popped};
 pub use self::repair::Repaired;
 pub use self::retain::{Retention, Retired, State};
 use crate::change::{self, Change, CursorKey, Writer};
-use crate::checkpoint::{self, Checkpoint, Failed, Outcome};
+use crate::checkpoint::{self, Checkpoint, Failed, Outcome, Written};
 use crate::error::{Result, StoreError};
 use crate::fs::{Fs, Space};
 use crate::keys::{self, KeyEntry, KeyIndex};
@@ -37,7 +37,7 @@ use crate::queue::{Bounds, Entry, FileQueues, QueueIndex};
 const KEYS_SYNC_BYTES: u64 = 1 << 30;
 
 /// Version of everything under the data folder.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum FlushMode {
@@ -175,7 +175,13 @@ pub fn claim(fs: &dyn Fs, options: &Options) -> Result<Box<dyn std::any::Any + S
         Some(found) if found > FORMAT => {
             Err(StoreError::NewerFormat { path: dir.clone(), found, known: FORMAT })
         }
-        Some(_) => Ok(lock),
+        Some(FORMAT) => Ok(lock),
+        Some(_) => {
+            // Opening brings what is derived up to date.
+            file.write_at(format!("ferrymq {FORMAT}\n").as_bytes(), 0).map_err(failed("written"))?;
+            file.sync().map_err(failed("synced"))?;
+            Ok(lock)
+        }
         None => Err(StoreError::Damaged { path, what: format!("{text:?} is not a FerryMQ format line") }),
     }
 }
@@ -190,10 +196,9 @@ impl Engine {
         now: Timestamp,
     ) -> Result<(Self, RecoveryReport)> {
         let log = Log::open(fs.clone(), &options.dir.join("commitlog"), options.log)?;
-        let covered = checkpoint::load_covered(&kv)?;
+        let covered = checkpoint::load_covered(&*kv)?;
         let queues = options.dir.join("consumequeue");
-        let index =
-            FileQueues::open(fs.clone(), &queues, options.queue_file_entries, covered.offset, covered.clean)?;
+        let index = FileQueues::open(fs.clone(), kv.clone(), &queues, options.queue_file_entries)?;
         let dir = options.dir.join("index");
         let keys = KeyIndex::open(fs.clone(), kv.clone(), &dir, options.key_index, covered.clean)?;
         let pop = Pop::load(&*kv, now)?;
@@ -227,9 +232,11 @@ impl Engine {
         let mut report = engine.replay(covered.offset)?;
         report.clean = covered.clean;
         engine.keys.follow(engine.log.start(), report.end);
-        if engine.log.start() > 0 {
-            engine.index.trim(engine.log.start())?;
+        if covered.queues_missing {
+            tracing::info!("the queues are made from the log; this is done once");
+            engine.rebuild_indexes(|_| {})?;
         }
+        engine.index.trim(engine.log.start())?;
         match engine.meta.key() {
             Some(key) => engine.key = key,
             None => {
@@ -273,7 +280,7 @@ impl Engine {
         let topic = Topic::stored(&r.topic);
         self.index_record(&topic, r);
         if let Some(settled) = consume::moved_from(&topic, r) {
-            self.apply(&settled)?;
+            self.apply(&settled);
         }
         if topic == self.changes_topic {
             let changes = change::decode(&r.body).map_err(|e| StoreError::Damaged {
@@ -281,7 +288,7 @@ impl Engine {
                 what: format!("change record at offset {}: {e}", r.log_offset),
             })?;
             for change in &changes {
-                self.apply(change)?;
+                self.apply(change);
             }
         }
         Ok(())
@@ -299,41 +306,38 @@ impl Engine {
         }
     }
 
-    fn apply(&mut self, change: &Change) -> Result<()> {
+    fn apply(&mut self, change: &Change) {
         self.pop.apply(change);
         self.meta.apply(change);
-        self.apply_to_index(change)
+        self.apply_to_index(change);
     }
 
-    fn apply_to_index(&mut self, change: &Change) -> Result<()> {
+    fn apply_to_index(&mut self, change: &Change) {
         match change {
             Change::PutTopic(TopicConfig { topic, deleted: true, .. }) => {
-                self.index.delete(topic)?;
+                self.index.delete(topic);
                 self.delete_retries(|retry| retry.strip_suffix(topic.as_str())?.strip_suffix('+'))
             }
             Change::PutGroup(GroupConfig { group, deleted: true, .. }) => {
                 self.delete_retries(|retry| retry.strip_prefix(group.as_str())?.strip_prefix('+'))
             }
-            _ => Ok(()),
+            _ => {}
         }
     }
 
     /// Retries go with their topic or group: a later one of the same name must not get them.
-    fn delete_retries(&mut self, gone: impl Fn(&str) -> Option<&str>) -> Result<()> {
+    fn delete_retries(&mut self, gone: impl Fn(&str) -> Option<&str>) {
         for topic in self.index.topics() {
             if topic.as_str().strip_prefix(RETRY_PREFIX).and_then(&gone).is_some() {
-                self.index.delete(&topic)?;
+                self.index.delete(&topic);
             }
         }
-        Ok(())
     }
 
     /// Stages a change and carries it out.
     fn change(&mut self, change: Change) {
         self.changes.push(&change);
-        if let Err(error) = self.apply(&change) {
-            tracing::error!(%error, "a deleted topic's index could not be removed");
-        }
+        self.apply(&change);
     }
 
     pub fn reader(&self) -> LogReader {
@@ -560,7 +564,7 @@ impl Engine {
         self.log.end() - self.covered
     }
 
-    /// Entries of the queue index that are only in memory.
+    /// Entries of the queue index that no checkpoint has taken yet.
     pub fn buffered(&self) -> usize {
         self.index.buffered()
     }
@@ -575,9 +579,8 @@ impl Engine {
     pub fn checkpoint(&mut self, now: Timestamp, clean: bool) -> Result<Checkpoint> {
         self.log.check()?;
         self.pop.forget_clients(now);
-        self.index.write_out()?;
-        let unsynced = self.index.take_unsynced();
         let mut batch = Batch::default();
+        let queues = self.index.take(&mut batch)?;
         self.meta.checkpoint(&mut batch);
         self.pop.checkpoint(&mut batch);
         self.keys.stage(&mut self.new_keys, self.log.end());
@@ -585,20 +588,21 @@ impl Engine {
         if sync_keys {
             self.keys_asked = self.log.end();
         }
-        let keys = self.keys.clone();
-        let dir = self.options.dir.clone();
-        Ok(Checkpoint { covered: self.log.end(), batch, unsynced, clean, keys, sync_keys, dir })
+        Ok(Checkpoint::new((self.log.end(), clean), batch, queues, (self.keys.clone(), sync_keys)))
     }
 
     pub fn checkpoint_written(&mut self, outcome: Outcome) {
         match outcome {
-            Ok(covered) => self.covered = self.covered.max(covered),
+            Ok(Written { covered, queues }) => {
+                self.covered = self.covered.max(covered);
+                self.index.written(queues);
+            }
             Err(failed) => {
                 let Failed { error, checkpoint: failed } = *failed;
                 tracing::warn!(%error, "a checkpoint could not be written; a restart replays more of the log");
                 self.meta.mark_dirty(&failed.batch);
                 self.pop.mark_dirty(&failed.batch);
-                self.index.give_back(failed.unsynced);
+                self.index.give_back(failed.queues, &failed.batch);
                 // A failed sync may have lost pages for good: nothing derived is trusted to the disk any more.
                 self.checkpoints_stopped |= matches!(error, StoreError::Io { .. });
             }
@@ -612,7 +616,7 @@ impl Engine {
             return self.log.syncer().sync().map(drop);
         }
         let checkpoint = self.checkpoint(now, true)?;
-        checkpoint.write(&self.log.syncer(), &*self.fs, &*self.kv).map(drop).map_err(|failed| failed.error)
+        checkpoint.write(&self.log.syncer(), &*self.kv).map(drop).map_err(|failed| failed.error)
     }
 }
 

@@ -5,7 +5,9 @@ use model::name::CHANGES_TOPIC;
 
 use super::Engine;
 use crate::change;
+use crate::checkpoint;
 use crate::error::Result;
+use crate::kv::Batch;
 use crate::queue::{Entry, QueueIndex};
 
 /// Log read in one step, bytes.
@@ -28,8 +30,10 @@ impl Engine {
             for queue in self.index.queues(&topic) {
                 before.push((topic.clone(), queue, self.index.bounds(&topic, queue).max));
             }
-            self.index.delete(&topic)?;
+            self.index.delete(&topic);
         }
+        self.spill()?;
+        checkpoint::forget_queues(&*self.kv)?;
         let mut repaired = Repaired::default();
         let (mut at, end, reader) = (self.log.start(), self.log.end(), self.reader.clone());
         while at < end {
@@ -59,12 +63,24 @@ impl Engine {
         self.index_record(&Topic::stored(&r.topic), r);
         if *r.topic == *CHANGES_TOPIC {
             for change in change::decode(&r.body).unwrap_or_default() {
-                self.apply_to_index(&change)?;
+                self.apply_to_index(&change);
             }
         }
         if self.index.buffered() > BUFFERED_MAX {
-            self.index.write_out()?;
+            self.spill()?;
         }
         Ok(())
+    }
+
+    /// Writes queues as far as they are made. They count once a checkpoint is written.
+    fn spill(&mut self) -> Result<()> {
+        let mut batch = Batch::default();
+        let taken = self.index.take(&mut batch)?;
+        let written = taken.write().and_then(|()| self.kv.write(&batch, false));
+        match written {
+            Ok(()) => self.index.written(taken),
+            Err(_) => self.index.give_back(taken, &batch),
+        }
+        written
     }
 }

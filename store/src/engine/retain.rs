@@ -113,7 +113,7 @@ impl Engine {
             return Ok(None);
         }
         let log_start = self.log.start();
-        self.index.trim(log_start)?;
+        files.extend(self.index.trim(log_start)?);
         tracing::info!(files = files.len(), log_start, "old messages let go");
         Ok(Some(Retired { files, keys: self.keys.clone(), log_start }))
     }

@@ -65,14 +65,14 @@ impl Kv for MemKv {
             .collect())
     }
 
-    fn write(&self, batch: Batch, sync: bool) -> Result<()> {
+    fn write(&self, batch: &Batch, sync: bool) -> Result<()> {
         let mut s = self.0.lock();
         let s = &mut *s;
         if s.fail {
             return Err(StoreError::Kv("injected write error".into()));
         }
-        apply(&mut s.now, &batch);
-        s.unsynced.push(batch);
+        apply(&mut s.now, batch);
+        s.unsynced.push(batch.clone());
         if sync {
             s.unsynced.clear();
             s.durable.clone_from(&s.now);

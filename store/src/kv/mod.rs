@@ -22,11 +22,20 @@ pub enum Family {
     Keys,
     Offsets,
     InFlight,
+    /// Bounds of every queue, and its last entries.
+    Queues,
 }
 
 impl Family {
-    pub const ALL: [Family; 6] =
-        [Family::Covered, Family::Topics, Family::Groups, Family::Keys, Family::Offsets, Family::InFlight];
+    pub const ALL: [Family; 7] = [
+        Family::Covered,
+        Family::Topics,
+        Family::Groups,
+        Family::Keys,
+        Family::Offsets,
+        Family::InFlight,
+        Family::Queues,
+    ];
 
     pub fn name(self) -> &'static str {
         match self {
@@ -36,6 +45,7 @@ impl Family {
             Family::Keys => "keys",
             Family::Offsets => "offsets",
             Family::InFlight => "in_flight",
+            Family::Queues => "queues",
         }
     }
 }
@@ -60,7 +70,7 @@ pub trait Kv: Send + Sync + 'static {
     /// All rows of a family, by key.
     fn rows(&self, family: Family) -> Result<Vec<Row>>;
     /// All of it or nothing; with `sync`, it and everything written before survives a power loss.
-    fn write(&self, batch: Batch, sync: bool) -> Result<()>;
+    fn write(&self, batch: &Batch, sync: bool) -> Result<()>;
 }
 
 #[cfg(test)]
@@ -72,7 +82,7 @@ mod conformance {
         batch.put(Family::Topics, "b", "2");
         batch.put(Family::Topics, "a", "1");
         batch.put(Family::Groups, "a", "g");
-        kv.write(batch, true).unwrap();
+        kv.write(&batch, true).unwrap();
         assert_eq!(kv.get(Family::Topics, b"a").unwrap().unwrap(), b"1");
         assert_eq!(kv.get(Family::Groups, b"a").unwrap().unwrap(), b"g");
         assert_eq!(kv.get(Family::Groups, b"b").unwrap(), None);
@@ -82,7 +92,7 @@ mod conformance {
         batch.put(Family::Topics, "a", "x");
         batch.delete(Family::Topics, "a");
         batch.put(Family::Topics, "c", "3");
-        kv.write(batch, false).unwrap();
+        kv.write(&batch, false).unwrap();
         assert_eq!(kv.get(Family::Topics, b"a").unwrap(), None, "the later operation of a batch wins");
         assert_eq!(kv.rows(Family::Topics).unwrap().len(), 2);
     }

@@ -45,12 +45,12 @@ impl Kv for RocksKv {
         rows.map(|row| row.map(|(k, v)| (k.into(), v.into())).map_err(failed)).collect()
     }
 
-    fn write(&self, batch: Batch, sync: bool) -> Result<()> {
+    fn write(&self, batch: &Batch, sync: bool) -> Result<()> {
         let mut out = WriteBatch::default();
-        for (family, key, value) in batch.0 {
+        for (family, key, value) in &batch.0 {
             match value {
-                Some(value) => out.put_cf(self.family(family)?, key, value),
-                None => out.delete_cf(self.family(family)?, key),
+                Some(value) => out.put_cf(self.family(*family)?, key, value),
+                None => out.delete_cf(self.family(*family)?, key),
             }
         }
         let mut options = WriteOptions::default();

@@ -1,6 +1,8 @@
 //! `ferry` as real processes: kill -9 under load, what bad input gets, and the README's transcript.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod soak;
+
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::process::{Command, Output};
@@ -227,7 +229,7 @@ fn a_port_in_use_a_locked_folder_and_a_newer_format_are_clear_errors() {
     std::fs::write(dir.path().join("data/format"), "ferrymq 99\n").unwrap();
     let (code, error) = ferry_fails(&["dev", "--data", data, "--port", "0"]);
     assert!(
-        code == 1 && error.contains("has format 99, this binary knows up to 1; use a newer ferry"),
+        code == 1 && error.contains("has format 99, this binary knows up to 2; use a newer ferry"),
         "{error}"
     );
 
