@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use apis::status::Error;
-use model::{Group, Receipt, TagFilter, Topic};
+use model::{Bound, Group, Receipt, TagFilter, Topic};
 use store::change::Change;
 use store::engine::Stored;
 use store::pop::Standing;
@@ -63,6 +63,8 @@ pub enum Command {
     Prune {
         answer: Answer<()>,
     },
+    /// What is held in memory, against what may be.
+    Bounds(Answer<Vec<Bound>>),
     /// A look at the engine between two commits.
     Look(Box<dyn FnOnce(&Engine) + Send>),
     /// The log is durable up to here.

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use apis::brokers::Reply;
 use crossbeam_channel::{Receiver, Sender, unbounded};
-use model::{Clock, Timestamp};
+use model::bound::{Bound, Unit};
+use model::{Clock, Timestamp, limits};
 use store::checkpoint::Checkpoint;
 use store::engine::Retired;
 use store::fs::Fs;
@@ -55,6 +56,9 @@ impl Commands {
     /// Brings a command. The other tasks that are ready now get their turn first, so that what came in together
     /// becomes one group.
     pub async fn bring(&self, command: Command) -> Reply<()> {
+        if self.sender.len() >= limits::COMMANDS_MAX {
+            return Err(error::busy("calls wait for the engine"));
+        }
         self.sender.send(command).map_err(|_| error::stopped())?;
         if let Some(driver) = &self.driver {
             // Also if the caller goes away while it yields: its command must not lie there.
@@ -62,6 +66,10 @@ impl Commands {
             tokio::task::yield_now().await;
         }
         Ok(())
+    }
+
+    pub fn bound(&self) -> Bound {
+        Bound::of("calls waiting for the engine", self.sender.len(), limits::COMMANDS_MAX, Unit::Calls)
     }
 
     /// Brings a command from where nothing can be awaited.
@@ -123,12 +131,13 @@ pub fn start(engine_loop: EngineLoop, clock: impl Clock) -> Commands {
     let syncing = syncer.clone();
     let sync = spawn("ferry-sync", Box::new(move || sync(&syncing, &sync_queue, &back)));
     let back = (sender.clone(), Arc::downgrade(&driver));
-    let chores_of = move || do_chores(&chore_queue, &syncer, &*fs, &*kv, &back);
-    let mut threads = vec![sync, spawn("ferry-chores", Box::new(chores_of))];
     let stopping = Arc::new(AtomicBool::new(false));
+    let index = KeyThread { keys: keys.clone(), reader: reader.clone(), stopping: stopping.clone() };
+    let chores_of = move || do_chores(&chore_queue, &syncer, (&*fs, &*kv), &index, &back);
+    let mut threads = vec![sync, spawn("ferry-chores", Box::new(chores_of))];
     if keys.progress().is_some() {
-        let stopping = stopping.clone();
-        threads.push(spawn("ferry-keys", Box::new(move || index_keys(&keys, &reader, &stopping))));
+        let index = KeyThread { keys, reader, stopping: stopping.clone() };
+        threads.push(spawn("ferry-keys", Box::new(move || index.run())));
     }
     if let Ok(mut engine) = driver.engine.lock() {
         *engine = Some(Running { engine_loop, sync_jobs, chores, threads, stopping });
@@ -280,12 +289,22 @@ fn sync(syncer: &Syncer, jobs: &Jobs<SyncJob>, back: &Back) {
     }
 }
 
-fn do_chores(chores: &Jobs<Chore>, syncer: &Syncer, fs: &dyn Fs, kv: &dyn Kv, back: &Back) {
+fn do_chores(
+    chores: &Jobs<Chore>,
+    syncer: &Syncer,
+    (fs, kv): (&dyn Fs, &dyn Kv),
+    index: &KeyThread,
+    back: &Back,
+) {
+    let mut mending: Option<JoinHandle<()>> = None;
     for chore in chores {
         match chore {
             Chore::Write(checkpoint) => {
                 let outcome = checkpoint.write(syncer, kv);
                 report(Command::CheckpointWritten(outcome), back);
+                if mending.as_ref().is_none_or(JoinHandle::is_finished) {
+                    mending = index.mend();
+                }
             }
             Chore::Remove(retired) => {
                 for file in &retired.files {
@@ -299,15 +318,42 @@ fn do_chores(chores: &Jobs<Chore>, syncer: &Syncer, fs: &dyn Fs, kv: &dyn Kv, ba
             }
         }
     }
+    if let Some(thread) = mending {
+        let _ = thread.join();
+    }
 }
 
-/// Indexes again what a crash left out, while everything else goes on.
-fn index_keys(keys: &KeyIndex, reader: &LogReader, stopping: &AtomicBool) {
-    let began = Instant::now();
-    if let Err(error) = keys.rebuild(reader, || stopping.load(Ordering::Relaxed)) {
-        tracing::error!(%error, "keys could not be indexed again: messages of before the restart may not be found by key");
-    } else if began.elapsed() > Duration::from_secs(1) {
-        tracing::info!(took_ms = began.elapsed().as_millis() as u64, "keys indexed again");
+/// Indexes keys again that a crash or an error left out, while everything else goes on.
+#[derive(Clone)]
+struct KeyThread {
+    keys: Arc<KeyIndex>,
+    reader: LogReader,
+    stopping: Arc<AtomicBool>,
+}
+
+impl KeyThread {
+    fn run(&self) {
+        let began = Instant::now();
+        if let Err(error) = self.keys.rebuild(&self.reader, || self.stopping.load(Ordering::Relaxed)) {
+            tracing::error!(%error, "keys could not be indexed again: older messages may not be found by key; it is tried again");
+        } else if began.elapsed() > Duration::from_secs(1) {
+            tracing::info!(took_ms = began.elapsed().as_millis() as u64, "keys indexed again");
+        }
+    }
+
+    /// After an error, such as a full disk.
+    fn mend(&self) -> Option<JoinHandle<()>> {
+        match self.keys.mend() {
+            Ok(true) => {
+                let this = self.clone();
+                thread::Builder::new().name("ferry-keys".into()).spawn(move || this.run()).ok()
+            }
+            Ok(false) => None,
+            Err(error) => {
+                tracing::error!(%error, "the key index cannot be opened again; it is tried again");
+                None
+            }
+        }
     }
 }
 

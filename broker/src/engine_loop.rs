@@ -4,7 +4,8 @@
 use std::collections::VecDeque;
 
 use apis::status::Error;
-use model::{Timestamp, Topic};
+use model::bound::{Bound, Unit};
+use model::{Timestamp, Topic, limits};
 use store::checkpoint::Checkpoint;
 use store::engine::{Committed, PopRequest, Retired, Stored};
 use store::pop::Standing;
@@ -24,8 +25,6 @@ const CHECKPOINT_MIN_MS: i64 = 50;
 const FLUSH_MS: i64 = 500;
 /// Between two looks at the disk.
 const DISK_MS: i64 = 10_000;
-/// Queue entries in memory that no checkpoint has taken: 6 MiB.
-const BUFFERED_ENTRIES_MAX: usize = 256 * 1024;
 
 /// An answer that waits for the commit it belongs to.
 pub enum Reply {
@@ -135,7 +134,7 @@ impl EngineLoop {
 
     /// So far that a checkpoint should not wait for its time.
     fn far_behind(&self) -> bool {
-        self.engine.uncovered() > CHECKPOINT_BYTES || self.engine.buffered() > BUFFERED_ENTRIES_MAX
+        self.engine.uncovered() > CHECKPOINT_BYTES || self.engine.is_laden()
     }
 
     /// Stages one command.
@@ -176,6 +175,16 @@ impl EngineLoop {
                 self.stage(answer, kept, |answer, ()| Reply::Done(answer));
             }
             Command::Look(look) => look(&self.engine),
+            Command::Bounds(answer) => {
+                let mut bounds = self.engine.bounds_used();
+                bounds.push(Bound::of(
+                    "waiting consumers",
+                    self.waiters.len(),
+                    limits::WAITING_MAX,
+                    Unit::Calls,
+                ));
+                let _ = answer.send(Ok(bounds));
+            }
             Command::Flushed(flushed) => self.flushed(flushed, now),
             Command::CheckpointWritten(result) => {
                 self.checkpointing = false;
@@ -219,6 +228,9 @@ impl EngineLoop {
         let checks = self.check_pop(&request);
         let popped = checks.and_then(|()| self.pop_now(&request, now).map_err(|e| error::of_store(&e)));
         match popped {
+            Ok(popped) if popped.is_empty() && request.wait && self.waiters.len() >= limits::WAITING_MAX => {
+                drop(answer.send(Err(error::busy("consumers wait here"))));
+            }
             Ok(popped) if popped.is_empty() && request.wait => self.waiters.park(request, answer),
             Ok(popped) => self.popped.push((request, answer, popped)),
             Err(e) => drop(answer.send(Err(e))),

@@ -14,6 +14,10 @@ pub fn of_store(error: &StoreError) -> Error {
     Error::new(code, error.to_string())
 }
 
+pub fn busy(what: &str) -> Error {
+    Error::new(Code::TooManyRequests, format!("too many {what}; try again, or add a broker"))
+}
+
 pub fn stopped() -> Error {
     Error::new(Code::HaNotAvailable, "the broker is stopping; try another one, or wait until it is back")
 }

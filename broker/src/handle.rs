@@ -10,7 +10,7 @@ use apis::internal::*;
 use apis::status::Error;
 use apis::v2::Code;
 use model::receipt::ReceiptError;
-use model::{Group, Receipt, ReceiptKey, TagFilter, Topic, limits, message};
+use model::{Bound, Group, Receipt, ReceiptKey, TagFilter, Topic, limits, message};
 use store::change::Change;
 use store::engine::Stored;
 use store::log::LogReader;
@@ -356,6 +356,10 @@ impl Broker {
             self.ask(|answer| Command::Prune { answer }).await?;
         }
         let (state, keys) = self.look(|engine| (engine.state(), engine.keys())).await?;
+        let mut bounds = self.ask(Command::Bounds).await?;
+        let incoming = 1024 * (INCOMING_MAX_KIB - self.0.incoming.available_permits());
+        bounds.push(Bound::bytes("messages on their way into the log", incoming, 1024 * INCOMING_MAX_KIB));
+        bounds.extend([self.0.commands.bound(), runtime::bodies::bound()]);
         let progress = keys.progress();
         Ok(StoreStateReply {
             broker: self.0.name.clone(),
@@ -371,6 +375,7 @@ impl Broker {
             keys_at: progress.map_or(0, |p| p.at),
             keys_to: progress.map_or(0, |p| p.to),
             unreadable: state.unreadable,
+            bounds: bounds.iter().map(wire::bound_to_wire).collect(),
         })
     }
 

@@ -23,9 +23,15 @@ pub struct Waiters {
     lines: HashMap<Key, Line>,
     /// Who waits for which stored topic: the topic itself, or the group's retry topic.
     wanted: HashMap<Topic, BTreeSet<Key>>,
+    count: usize,
 }
 
 impl Waiters {
+    /// Those who left and were not yet looked for count too.
+    pub fn len(&self) -> usize {
+        self.count
+    }
+
     pub fn park(&mut self, request: PopCommand, answer: Answer<Vec<Popped>>) {
         let key = (request.topic.clone(), request.group.clone());
         if !self.lines.contains_key(&key) {
@@ -35,10 +41,13 @@ impl Waiters {
         }
         let line = self.lines.entry(key).or_default();
         if line.waiters.len() >= line.sweep_at {
+            let before = line.waiters.len();
             line.waiters.retain(|(_, answer)| !answer.is_closed());
+            self.count -= before - line.waiters.len();
             line.sweep_at = 2 * line.waiters.len() + 16;
         }
         line.waiters.push_back((request, answer));
+        self.count += 1;
     }
 
     /// Lines that wait for one of these stored topics.
@@ -51,6 +60,7 @@ impl Waiters {
     pub fn next(&mut self, key: &Key) -> Option<Waiter> {
         let line = self.lines.get_mut(key)?;
         while let Some(waiter) = line.waiters.pop_front() {
+            self.count -= 1;
             if !waiter.1.is_closed() {
                 return Some(waiter);
             }
@@ -71,12 +81,8 @@ impl Waiters {
     pub fn put_back(&mut self, key: &Key, waiter: Waiter) {
         if let Some(line) = self.lines.get_mut(key) {
             line.waiters.push_front(waiter);
+            self.count += 1;
         }
-    }
-
-    #[cfg(test)]
-    pub fn len(&self) -> usize {
-        self.lines.values().map(|l| l.waiters.len()).sum()
     }
 }
 

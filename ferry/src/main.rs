@@ -19,6 +19,10 @@ fn allow_many_files() {
 fn main() -> ExitCode {
     let cli = cli::Cli::parse();
     allow_many_files();
+    if !cli.command.is_server() {
+        // `ferry … | head` ends quietly.
+        sigpipe::reset();
+    }
     let runtime = match cli.command.is_server() {
         true => tokio::runtime::Builder::new_multi_thread().enable_all().build(),
         // A command is one connection and one answer.

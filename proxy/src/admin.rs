@@ -227,7 +227,9 @@ impl<B: Brokers, N: NameServers> FerryAdmin for Admin<B, N> {
             let request = BrokerStateRequest { prune };
             brokers.push(self.0.brokers.store_state(broker, &CallContext::internal(), request).await?);
         }
-        Ok(Response::new(StoreStateReply { brokers }))
+        let bounds = [self.0.sessions.bound(), runtime::bodies::bound()];
+        let bounds = bounds.iter().map(wire::bound_to_wire).collect();
+        Ok(Response::new(StoreStateReply { brokers, bounds }))
     }
 
     type TailStream = Pin<Box<dyn Stream<Item = Result<TailReply, Status>> + Send>>;

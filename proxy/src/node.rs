@@ -104,7 +104,7 @@ struct Services<M> {
 }
 
 impl<M: MessagingService + Clone> net::Service for Services<M> {
-    async fn call(&self, request: http::Request<net::Incoming>) -> http::Response<Body> {
+    async fn call(&self, request: http::Request<net::Counted>) -> http::Response<Body> {
         let service = request.uri().path().split('/').nth(1);
         if service != Some(messaging_service_server::SERVICE_NAME) {
             return self.others.call(request).await;

@@ -95,7 +95,7 @@ impl Checkpoint {
         self.queues.write()?;
         // The key index has its own mark of how far it goes: it may lag, it must not hold up the rest.
         if let Err(error) = self.keys.write_out(self.sync_keys) {
-            tracing::error!(%error, "the key index could not be written; the next start makes it again");
+            tracing::error!(%error, "the key index could not be written; it is made again");
         }
         kv.write(&self.batch, true)
     }

@@ -404,3 +404,25 @@ fn a_folder_of_the_first_format_gets_its_queues_made_again() {
     let file = disk.fs.open_read(Path::new("/data/format")).unwrap();
     assert_eq!(crate::fs::read_exact_at(&*file, 10, 0).unwrap(), b"ferrymq 2\n");
 }
+
+#[test]
+fn keys_lost_to_a_failing_disk_are_indexed_again_without_a_restart() {
+    let disk = Disk::new();
+    let (mut engine, _) = disk.open(FlushMode::Async);
+    let first = send(&mut engine, "one", "a").unwrap();
+    // The index is the first that a checkpoint of so few messages writes to.
+    disk.fs.inject(Fault::Write { after: 0 });
+    checkpoint(&mut engine);
+    disk.fs.heal();
+    let second = send(&mut engine, "two", "a").unwrap();
+    checkpoint(&mut engine);
+    let hash = key_hash("t", "key-3");
+    assert_eq!(engine.keys().waiting(), 0, "nothing piles up meanwhile");
+    assert!(engine.keys().mend().unwrap());
+    engine.keys().rebuild(&engine.reader(), || false).unwrap();
+    assert_eq!(engine.keys().find(hash, 0, i64::MAX, 9).unwrap(), [second, first]);
+    assert!(!engine.keys().mend().unwrap(), "mended");
+    let third = send(&mut engine, "six", "a").unwrap();
+    checkpoint(&mut engine);
+    assert_eq!(engine.keys().find(hash, 0, i64::MAX, 9).unwrap(), [third, second, first]);
+}

@@ -29,7 +29,7 @@ const PAGE_BYTES: u64 = 4096;
 /// Log that one step of a rebuild reads, bytes.
 const REBUILD_BYTES: u64 = 16 << 20;
 /// Entries that wait for a rebuild to end; more are read from the log again instead.
-const WAITING_MAX: usize = 1 << 18;
+pub const WAITING_MAX: usize = 1 << 18;
 /// Not the name of a family: those have rows of their own in the same place.
 const ROW: &[u8] = b"key index";
 
@@ -218,6 +218,8 @@ impl KeyIndex {
             return Ok(());
         }
         if files.failed {
+            // Read from the log again once that helps.
+            self.staged.lock().entries = Vec::new();
             return Ok(());
         }
         self.write_staged(&mut files)?;
@@ -272,6 +274,25 @@ impl KeyIndex {
         let mut batch = Batch::default();
         batch.delete(Family::Covered, ROW);
         files.kv.write(&batch, true)
+    }
+
+    /// Keys that are staged and not yet in a file.
+    pub fn waiting(&self) -> usize {
+        self.staged.lock().entries.len()
+    }
+
+    /// After an error: goes back to what is durable. True if [`KeyIndex::rebuild`] is to do the rest again.
+    pub fn mend(&self) -> Result<bool> {
+        let mut files = self.files.lock();
+        if !files.failed {
+            return Ok(false);
+        }
+        let again = Files::open(files.fs.clone(), files.kv.clone(), &files.dir, files.shape, false)?;
+        *files = again;
+        let mut staged = self.staged.lock();
+        staged.entries = Vec::new();
+        files.rebuild_to = Some(staged.to);
+        Ok(true)
     }
 
     /// Set while keys are being indexed again.
@@ -353,7 +374,7 @@ impl Files {
             return Ok(());
         }
         let written = self.append(entries);
-        // What is in the file now is not what is known of it: nothing more is written before the next start.
+        // What is in the file now is not what is known of it: nothing more is written before it is mended.
         self.failed = written.is_err();
         written.map_err(|e| StoreError::io("written", &self.dir, e))?;
         self.covered = self.covered.max(covered);

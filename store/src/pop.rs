@@ -102,6 +102,11 @@ impl Pop {
         self.in_flight.get(group).copied().unwrap_or(0)
     }
 
+    /// Messages in flight of the group that has most.
+    pub fn most_in_flight(&self) -> usize {
+        self.in_flight.values().copied().max().unwrap_or(0)
+    }
+
     pub fn lag(&self, key: &CursorKey) -> Option<Lag> {
         let c = self.get(key)?;
         Some(Lag { committed: c.committed(), next: c.next, in_flight: c.rows.len() as u64 })

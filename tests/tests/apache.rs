@@ -142,16 +142,50 @@ fn sums(dir: &Path) -> BTreeMap<PathBuf, u64> {
     out
 }
 
+/// Waits until the log holds so many messages of retry topics.
+fn await_retries(log: &Path, count: usize) {
+    let until = Instant::now() + Duration::from_secs(60);
+    let retries_of = |file: PathBuf| {
+        let rows = run(&["store", "inspect", file.to_str().unwrap(), "-n", "100000", "-o", "json"]);
+        let rows: Vec<Value> = serde_json::from_str(&rows).unwrap();
+        rows.iter().filter(|r| r["topic"].as_str().is_some_and(|t| t.starts_with("%RETRY%"))).count()
+    };
+    loop {
+        let files = std::fs::read_dir(log).unwrap().map(|f| f.unwrap().path());
+        if files.map(retries_of).sum::<usize>() >= count {
+            return;
+        }
+        assert!(Instant::now() < until, "Apache RocketMQ puts nothing back");
+        std::thread::park_timeout(Duration::from_millis(200));
+    }
+}
+
 #[test]
 fn apaches_folder_is_taken_over() {
+    take_over(&[], &[]);
+}
+
+#[test]
+fn apaches_folder_with_rocksdb_is_taken_over_in_place() {
+    take_over(&["storeType=defaultRocksDB"], &["--in-place"]);
+}
+
+#[test]
+fn apaches_folder_with_the_second_generation_of_metadata_is_taken_over() {
+    take_over(&["storeType=defaultRocksDB", "configManagerVersion=v2"], &[]);
+}
+
+fn take_over(conf: &[&str], how: &[&str]) {
     let dir = tempfile::tempdir().unwrap();
-    let apache = Apache::start(
-        &dir.path().join("apache"),
-        &["flushDiskType=ASYNC_FLUSH", "mappedFileSizeCommitLog=16777216"],
-    );
+    let common = ["flushDiskType=ASYNC_FLUSH", "mappedFileSizeCommitLog=1048576"];
+    let apache = Apache::start(&dir.path().join("apache"), &[&common[..], conf].concat());
     apache.topic_and_group();
     let endpoint = format!("127.0.0.1:{}", apache.port);
     let lines = dir.path().join("lines");
+    // Some of the log's files are full.
+    std::fs::write(&lines, vec!["y".repeat(100 << 10); 25].join("\n")).unwrap();
+    run(&["send", "T", "--file", lines.to_str().unwrap(), "--endpoint", &endpoint]);
+    assert_eq!(received(&endpoint, "25", &["--ack"]).len(), 25);
     let bodies: Vec<String> = (0..60).map(|i| format!("message {i}")).collect();
     std::fs::write(&lines, bodies.join("\n")).unwrap();
     run(&[
@@ -169,8 +203,7 @@ fn apaches_folder_is_taken_over() {
     // Some are acknowledged, some go to the retry topic, some are still in flight at the end.
     let mut done: Vec<String> = received(&endpoint, "20", &["--ack"]).into_iter().map(|m| m.0).collect();
     let retried = received(&endpoint, "5", &["--invisible", "10"]);
-    // The reference puts them back a while after their time.
-    std::thread::sleep(Duration::from_secs(16));
+    await_retries(&apache.dir.join("store/commitlog"), 5);
     let held = received(&endpoint, "7", &["--invisible", "36000"]);
     assert_eq!((done.len(), retried.len()), (20, 5));
     let source = apache.stop();
@@ -180,7 +213,7 @@ fn apaches_folder_is_taken_over() {
     let source_path = source.display().to_string();
     run(&["store", "import", &source_path, "--data", &data, "--dry-run"]);
     assert!(!Path::new(&data).exists());
-    run(&["store", "import", &source_path, "--data", &data]);
+    run(&[&["store", "import", &source_path, "--data", &data], how].concat());
     assert_eq!(sums(&source), before, "the source is only read");
     run(&["store", "verify", &data]);
 
@@ -203,6 +236,7 @@ fn apaches_folder_is_taken_over() {
     all.sort_unstable();
     assert_eq!(done, all, "each exactly once: acknowledged there, in flight, or received here");
     server.kill();
+    assert_eq!(sums(&source), before, "nor does serving from it change it");
 }
 
 #[test]

@@ -1,8 +1,12 @@
 //! Topic and group records: model to internal wire and back.
 
-use model::{Group, GroupConfig, MessageType, Topic, TopicConfig, limits};
+use model::{Bound, Group, GroupConfig, MessageType, Topic, TopicConfig, limits};
 
 use crate::internal;
+
+pub fn bound_to_wire(b: &Bound) -> internal::Bound {
+    internal::Bound { what: b.what.into(), used: b.used, limit: b.limit, unit: b.unit.name().into() }
+}
 
 pub fn topic_to_wire(config: &TopicConfig) -> internal::TopicConfig {
     internal::TopicConfig {

@@ -1,6 +1,7 @@
 //! The nouns of FerryMQ: validated when made, without I/O and without async.
 //! Every other crate speaks in these; none of them is allowed to invent its own.
 
+pub mod bound;
 pub mod codec;
 pub mod config;
 pub mod filter;
@@ -11,6 +12,7 @@ pub mod name;
 pub mod receipt;
 pub mod time;
 
+pub use bound::Bound;
 pub use config::{GroupConfig, MessageType, TopicConfig};
 pub use filter::TagFilter;
 pub use name::{Group, NameError, Topic};

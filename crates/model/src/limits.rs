@@ -44,3 +44,10 @@ pub const ATTEMPTS_DEFAULT: u32 = 17;
 
 /// Messages of one group on one topic that may be in flight at once.
 pub const IN_FLIGHT_MAX: usize = 1_000_000;
+
+/// Clients whose settings a proxy remembers.
+pub const SESSIONS_MAX: usize = 100_000;
+/// Long polls that wait on one broker, as in the reference.
+pub const WAITING_MAX: usize = 100_000;
+/// Calls that wait for the engine of one broker.
+pub const COMMANDS_MAX: usize = 100_000;

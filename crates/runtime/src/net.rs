@@ -11,13 +11,14 @@ use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
 use http::{Request, Response};
-pub use hyper::body::Incoming;
+use hyper::body::Incoming;
 use hyper::server::conn::http2;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
@@ -26,6 +27,8 @@ use tonic::body::Body;
 use tonic::service::Routes;
 use tonic::transport::server::TcpConnectInfo;
 use tonic::transport::{Channel, Endpoint};
+
+pub use crate::bodies::Counted;
 
 #[derive(Debug, thiserror::Error)]
 pub enum NetError {
@@ -64,6 +67,11 @@ const TLS_HANDSHAKE: u8 = 0x16;
 /// A connection must say something within this time.
 const FIRST_BYTE: Duration = Duration::from_secs(10);
 
+/// Calls of one connection at a time.
+const STREAMS_MAX: u32 = 10_000;
+/// Connections of one port; more wait to be accepted.
+const CONNECTIONS_MAX: usize = 20_000;
+
 /// Written bytes that are gathered before the socket sees them.
 const GATHER_MAX: usize = 16 * 1024;
 
@@ -87,11 +95,11 @@ struct Connection {
 
 /// What a server answers calls with: gRPC services, told apart by the path.
 pub trait Service: Clone + Send + 'static {
-    fn call(&self, request: Request<Incoming>) -> impl Future<Output = Response<Body>> + Send;
+    fn call(&self, request: Request<Counted>) -> impl Future<Output = Response<Body>> + Send;
 }
 
 impl Service for Routes {
-    async fn call(&self, request: Request<Incoming>) -> Response<Body> {
+    async fn call(&self, request: Request<Counted>) -> Response<Body> {
         match tower_service::Service::call(&mut self.clone(), request.map(Body::new)).await {
             Ok(response) => response,
             Err(never) => match never {},
@@ -109,18 +117,24 @@ pub async fn serve<S: Service>(
     drain: Duration,
 ) {
     let connections = TaskTracker::new();
+    let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
+        let accepted = async {
+            let place = room.clone().acquire_owned().await.map_err(io::Error::other)?;
+            listener.accept().await.map(|(stream, _)| (stream, place))
+        };
         let stream = tokio::select! {
-            accepted = listener.accept() => accepted,
+            accepted = accepted => accepted,
             () = stop.cancelled() => break,
         };
         match stream {
-            Ok((stream, _)) => {
+            Ok((stream, place)) => {
                 let (tls, service, stop) = (tls.clone(), service.clone(), stop.clone());
                 connections.spawn(async move {
                     if let Some(connection) = greet(stream, tls).await {
                         talk(connection, service, stop).await;
                     }
+                    drop(place);
                 });
             }
             // Out of file descriptors, or the peer is gone already: the next one may work.
@@ -161,13 +175,13 @@ async fn talk<S: Service>(connection: Connection, service: S, stop: Cancellation
     let answer = service_fn(move |mut request: Request<Incoming>| {
         let service = service.clone();
         request.extensions_mut().insert(peer.clone());
-        async move { Ok::<_, Infallible>(service.call(request).await) }
+        async move { Ok::<_, Infallible>(service.call(request.map(Counted::from)).await) }
     });
     let served = http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_concurrent_streams(10_000)
+        .max_concurrent_streams(STREAMS_MAX)
         .serve_connection(TokioIo::new(connection), answer);
     let mut served = std::pin::pin!(served);
     let ended = tokio::select! {

@@ -18,7 +18,7 @@ use store::kv::RocksKv;
 use store::log::record::Record;
 use store::log::walk::Step;
 use store::log::{LogOptions, mark_imported, segment_path};
-use store::{Engine, FlushMode, Options, Retention, import};
+use store::{Engine, FlushMode, Options, Retention, StoreError, import};
 
 use super::client::{self, failed};
 use super::{Format, Remote, Usage, output};
@@ -49,6 +49,9 @@ pub enum StoreCommand {
     /// What a data folder uses of the disk, or with no folder what the running brokers do
     Usage {
         data: Option<PathBuf>,
+        /// What the servers hold in memory, against what they may
+        #[arg(long, conflicts_with = "data")]
+        bounds: bool,
         #[command(flatten)]
         remote: Remote,
     },
@@ -73,6 +76,9 @@ pub enum StoreCommand {
         /// Only say what would be done
         #[arg(long)]
         dry_run: bool,
+        /// Link the log's full files instead of copying them: the new folder is to be on the same file system
+        #[arg(long)]
+        in_place: bool,
         #[arg(short, long, value_enum, default_value = "table")]
         output: Format,
     },
@@ -84,11 +90,14 @@ pub async fn run(command: StoreCommand) -> anyhow::Result<()> {
             show_file(&file, from, max, slots, output)
         }
         StoreCommand::Verify { data, output } => verify(&data, output),
-        StoreCommand::Usage { data: Some(data), remote } => usage(&data, remote.output),
-        StoreCommand::Usage { data: None, remote } => state(false, remote).await,
+        StoreCommand::Usage { data: Some(data), remote, .. } => usage(&data, remote.output),
+        StoreCommand::Usage { bounds: true, remote, .. } => bounds(remote).await,
+        StoreCommand::Usage { remote, .. } => state(false, remote).await,
         StoreCommand::Prune { remote } => state(true, remote).await,
         StoreCommand::Repair { data, output } => repair(&data, output),
-        StoreCommand::Import { source, data, dry_run, output } => take_over(&source, &data, dry_run, output),
+        StoreCommand::Import { source, data, dry_run, in_place, output } => {
+            take_over(&source, &data, (dry_run, in_place), output)
+        }
     }
 }
 
@@ -285,6 +294,20 @@ fn weigh(path: &Path) -> (u64, u64, u64) {
     inside.fold((0, 0, 0), |a, b| (a.0 + b.0, a.1 + b.1, a.2 + b.2))
 }
 
+async fn bounds(remote: Remote) -> anyhow::Result<()> {
+    let mut admin = client::admin(&remote.endpoint).await?;
+    let reply = admin.store_state(StoreStateRequest::default()).await.map_err(failed)?.into_inner();
+    let brokers = reply.brokers.iter().flat_map(|b| b.bounds.iter().map(|bound| (b.broker.as_str(), bound)));
+    let all = brokers.chain(reply.bounds.iter().map(|bound| ("proxy", bound)));
+    let row = |(server, b): (&str, &apis::internal::Bound)| {
+        let percent = (100 * b.used).checked_div(b.limit).unwrap_or(0);
+        vec![json!(server), json!(b.what), json!(b.used), json!(b.limit), json!(b.unit), json!(percent)]
+    };
+    let rows: Vec<_> = all.map(row).collect();
+    output::rows(remote.output, &["SERVER", "WHAT", "USED", "LIMIT", "UNIT", "%"], &rows);
+    Ok(())
+}
+
 async fn state(prune: bool, remote: Remote) -> anyhow::Result<()> {
     let mut admin = client::admin(&remote.endpoint).await?;
     let reply = admin.store_state(StoreStateRequest { prune }).await.map_err(failed)?.into_inner();
@@ -320,10 +343,15 @@ async fn state(prune: bool, remote: Remote) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn take_over(source: &Path, data: &Path, dry_run: bool, format: Format) -> anyhow::Result<()> {
+fn take_over(
+    source: &Path,
+    data: &Path,
+    (dry_run, in_place): (bool, bool),
+    format: Format,
+) -> anyhow::Result<()> {
     let total = log_bytes(source)?;
     let mut progress = Progress::new("reading", total);
-    let found = import::scan(&OsFs, source, |bytes| progress.add(bytes))?;
+    let found = import::scan(&OsFs, &rows_of, source, |bytes| progress.add(bytes))?;
     progress.end();
     let mut fields = vec![
         ("records", json!(found.records)),
@@ -344,7 +372,7 @@ fn take_over(source: &Path, data: &Path, dry_run: bool, format: Format) -> anyho
                 Usage(format!("{} is not empty; name a new folder with --data", data.display())).into()
             );
         }
-        copy_log(&found, data)?;
+        copy_log(&found, data, in_place)?;
         let retries = adopt(&found, data)?;
         fields.extend([("retries moved", json!(retries)), ("data", json!(data))]);
     }
@@ -352,7 +380,19 @@ fn take_over(source: &Path, data: &Path, dry_run: bool, format: Format) -> anyho
     Ok(())
 }
 
-fn copy_log(found: &import::Source, data: &Path) -> anyhow::Result<()> {
+/// Rows of a RocksDB folder of the source, read from a copy: opening a database changes it.
+fn rows_of(dir: &Path) -> Result<Vec<store::kv::Row>, StoreError> {
+    let failed = |e| StoreError::io("copied", dir, e);
+    let copy = tempfile::tempdir().map_err(failed)?;
+    for entry in std::fs::read_dir(dir).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        std::fs::copy(entry.path(), copy.path().join(entry.file_name())).map_err(failed)?;
+    }
+    RocksKv::foreign_rows(copy.path())
+}
+
+/// The log as it is. In place, files that are full are linked: they never change again, and the disk holds them once.
+fn copy_log(found: &import::Source, data: &Path, in_place: bool) -> anyhow::Result<()> {
     let log = data.join("commitlog");
     std::fs::create_dir_all(&log).with_context(|| format!("{} cannot be made", log.display()))?;
     let mut progress = Progress::new("copying", found.files.len() as u64 * found.segment_bytes);
@@ -361,6 +401,16 @@ fn copy_log(found: &import::Source, data: &Path) -> anyhow::Result<()> {
             continue;
         }
         let to = segment_path(&log, *base);
+        if in_place && base + found.segment_bytes <= found.end {
+            std::fs::hard_link(from, &to).with_context(|| {
+                format!(
+                    "{} cannot be linked to {}; without --in-place it is copied",
+                    from.display(),
+                    to.display()
+                )
+            })?;
+            continue;
+        }
         let context = || format!("{} cannot be copied to {}", from.display(), to.display());
         let used = (found.end - base).min(found.segment_bytes);
         let mut input = std::io::Read::take(std::fs::File::open(from).with_context(context)?, used);

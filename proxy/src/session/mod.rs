@@ -2,17 +2,20 @@
 
 pub mod settings;
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use apis::v2::Settings;
 use dashmap::DashMap;
+use model::bound::{Bound, Unit};
+use model::limits::SESSIONS_MAX;
 
 /// A client that is silent for this long is forgotten.
 const EXPIRY: Duration = Duration::from_millis(model::limits::CLIENT_EXPIRY_MS as u64);
 
 #[derive(Debug)]
 struct Session {
-    settings: Settings,
+    settings: Arc<Settings>,
     seen: Instant,
 }
 
@@ -20,12 +23,20 @@ struct Session {
 pub struct Sessions(DashMap<String, Session>);
 
 impl Sessions {
+    /// Where there are too many clients, new ones are served without what they said.
     pub fn put(&self, client_id: &str, settings: Settings) {
-        self.0.insert(client_id.to_owned(), Session { settings, seen: Instant::now() });
+        if self.0.len() < SESSIONS_MAX || self.0.contains_key(client_id) {
+            let settings = Arc::new(settings);
+            self.0.insert(client_id.to_owned(), Session { settings, seen: Instant::now() });
+        }
+    }
+
+    pub fn bound(&self) -> Bound {
+        Bound::of("clients remembered", self.0.len(), SESSIONS_MAX, Unit::Clients)
     }
 
     /// The client's settings; it counts as a sign of life.
-    pub fn seen(&self, client_id: &str) -> Option<Settings> {
+    pub fn seen(&self, client_id: &str) -> Option<Arc<Settings>> {
         let mut session = self.0.get_mut(client_id)?;
         session.seen = Instant::now();
         Some(session.settings.clone())

@@ -4,6 +4,7 @@
 //! Call order: any number of `append`, `pop`, `acknowledge`, … then [`Engine::commit`]. Messages staged are not
 //! seen by `pop` before the commit. After a failed commit nothing staged has happened.
 
+mod bounds;
 mod consume;
 mod repair;
 mod retain;
@@ -562,11 +563,6 @@ impl Engine {
     /// Bytes of log that a restart would have to replay.
     pub fn uncovered(&self) -> u64 {
         self.log.end() - self.covered
-    }
-
-    /// Entries of the queue index that no checkpoint has taken yet.
-    pub fn buffered(&self) -> usize {
-        self.index.buffered()
     }
 
     /// False while the log lacks changes, and once the disk has failed to sync derived state: then it is rebuilt

@@ -8,12 +8,10 @@ use crate::change;
 use crate::checkpoint;
 use crate::error::Result;
 use crate::kv::Batch;
-use crate::queue::{Entry, QueueIndex};
+use crate::queue::{BUFFERED_MAX, Entry, QueueIndex};
 
 /// Log read in one step, bytes.
 const STEP_BYTES: u64 = 64 << 20;
-/// Entries kept in memory before they are written.
-const BUFFERED_MAX: usize = 1 << 16;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Repaired {

@@ -65,6 +65,10 @@ impl Kv for MemKv {
             .collect())
     }
 
+    fn memory(&self) -> usize {
+        0
+    }
+
     fn write(&self, batch: &Batch, sync: bool) -> Result<()> {
         let mut s = self.0.lock();
         let s = &mut *s;

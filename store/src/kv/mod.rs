@@ -63,12 +63,19 @@ impl Batch {
     }
 }
 
+/// What RocksDB may hold in memory: two write buffers of each family, and the block cache.
+pub const MEMORY_MAX: usize = Family::ALL.len() * 2 * WRITE_BUFFER_BYTES + CACHE_BYTES;
+const WRITE_BUFFER_BYTES: usize = 4 << 20;
+const CACHE_BYTES: usize = 16 << 20;
+
 pub type Row = (Vec<u8>, Vec<u8>);
 
 pub trait Kv: Send + Sync + 'static {
     fn get(&self, family: Family, key: &[u8]) -> Result<Option<Vec<u8>>>;
     /// All rows of a family, by key.
     fn rows(&self, family: Family) -> Result<Vec<Row>>;
+    /// Bytes it holds in memory.
+    fn memory(&self) -> usize;
     /// All of it or nothing; with `sync`, it and everything written before survives a power loss.
     fn write(&self, batch: &Batch, sync: bool) -> Result<()>;
 }

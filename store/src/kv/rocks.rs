@@ -2,9 +2,11 @@
 
 use std::path::Path;
 
-use rocksdb::{ColumnFamilyDescriptor, DB, IteratorMode, Options, WriteBatch, WriteOptions};
+use rocksdb::{
+    BlockBasedOptions, Cache, ColumnFamilyDescriptor, DB, IteratorMode, Options, WriteBatch, WriteOptions,
+};
 
-use super::{Batch, Family, Kv, Row};
+use super::{Batch, CACHE_BYTES, Family, Kv, Row, WRITE_BUFFER_BYTES};
 use crate::error::{Result, StoreError};
 
 pub struct RocksKv(DB);
@@ -23,10 +25,22 @@ impl RocksKv {
         options.set_max_background_jobs(2);
         options.set_max_total_wal_size(16 << 20);
         let mut family = Options::default();
-        family.set_write_buffer_size(4 << 20);
+        family.set_write_buffer_size(WRITE_BUFFER_BYTES);
+        let mut blocks = BlockBasedOptions::default();
+        blocks.set_block_cache(&Cache::new_lru_cache(CACHE_BYTES));
+        family.set_block_based_table_factory(&blocks);
         family.set_max_write_buffer_number(2);
         let families = Family::ALL.map(|f| ColumnFamilyDescriptor::new(f.name(), family.clone()));
         DB::open_cf_descriptors(&options, dir, families).map(Self).map_err(failed)
+    }
+
+    /// Rows of the default family of another program's database. Opening writes into the folder: give it a copy.
+    pub fn foreign_rows(dir: &Path) -> Result<Vec<Row>> {
+        let options = Options::default();
+        let families = DB::list_cf(&options, dir).map_err(failed)?;
+        let db = DB::open_cf_for_read_only(&options, dir, families, false).map_err(failed)?;
+        let rows = db.iterator(IteratorMode::Start);
+        rows.map(|row| row.map(|(k, v)| (k.into(), v.into())).map_err(failed)).collect()
     }
 
     fn family(&self, family: Family) -> Result<&rocksdb::ColumnFamily> {
@@ -43,6 +57,17 @@ impl Kv for RocksKv {
     fn rows(&self, family: Family) -> Result<Vec<Row>> {
         let rows = self.0.iterator_cf(self.family(family)?, IteratorMode::Start);
         rows.map(|row| row.map(|(k, v)| (k.into(), v.into())).map_err(failed)).collect()
+    }
+
+    fn memory(&self) -> usize {
+        let of = |property: &str, family: Family| {
+            let family = self.0.cf_handle(family.name())?;
+            self.0.property_int_value_cf(family, property).ok().flatten()
+        };
+        let buffers = Family::ALL.into_iter().filter_map(|f| of("rocksdb.cur-size-all-mem-tables", f));
+        // One cache serves all families.
+        let cached = of("rocksdb.block-cache-usage", Family::Covered);
+        buffers.chain(cached).sum::<u64>() as usize
     }
 
     fn write(&self, batch: &Batch, sync: bool) -> Result<()> {

@@ -28,8 +28,10 @@ pub const ENTRY_BYTES: u64 = 20;
 pub const ENTRIES_PER_FILE: u64 = 300_000;
 /// As many of one queue go to its file.
 const ROW_ENTRIES: u64 = if cfg!(test) { 4 } else { 32 };
+/// Entries in memory from which on a checkpoint does not wait for its time: 6 MiB.
+pub const BUFFERED_MAX: usize = 256 * 1024;
 /// Written entries that are kept for readers of the newest messages: 6 MiB.
-const KEPT_MAX: usize = if cfg!(test) { 16 } else { 256 * 1024 };
+pub const KEPT_MAX: usize = if cfg!(test) { 16 } else { 256 * 1024 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {
@@ -101,6 +103,8 @@ pub trait QueueIndex: Send {
     fn trim(&mut self, log_start: u64) -> Result<Vec<PathBuf>>;
     /// Entries that no checkpoint has taken yet.
     fn buffered(&self) -> usize;
+    /// Entries in memory.
+    fn kept(&self) -> usize;
     /// Takes what has changed since the last time.
     fn take(&mut self, batch: &mut Batch) -> Result<Taken>;
     /// It is written, and so are the rows.
@@ -417,6 +421,10 @@ impl QueueIndex for FileQueues {
 
     fn buffered(&self) -> usize {
         self.buffered
+    }
+
+    fn kept(&self) -> usize {
+        self.kept
     }
 
     fn take(&mut self, batch: &mut Batch) -> Result<Taken> {

@@ -281,6 +281,38 @@ fn commands_fail_with_a_code_and_a_fix() {
     }
 }
 
+#[test]
+fn a_reader_that_goes_away_is_no_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut child = Command::new(ferry())
+        .args(["store", "usage", dir.path().to_str().unwrap()])
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let out = child.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&out.stderr), "", "no panic about a broken pipe");
+}
+
+#[test]
+fn what_is_held_in_memory_is_shown_against_its_bounds() {
+    let dir = tempfile::tempdir().unwrap();
+    let port = free_port();
+    let _server = dev(dir.path(), port, &[]);
+    let endpoint = format!("127.0.0.1:{port}");
+    run(&["send", "t", "hello", "--endpoint", &endpoint]);
+    let bounds = run(&["store", "usage", "--bounds", "-o", "json", "--endpoint", &endpoint]);
+    let bounds: Vec<serde_json::Value> = serde_json::from_str(&bounds).unwrap();
+    assert!(bounds.len() >= 11, "{bounds:?}");
+    for bound in &bounds {
+        assert!(bound["limit"].as_u64().unwrap() > 0, "{bound}");
+        assert!(bound["used"].as_u64().unwrap() <= bound["limit"].as_u64().unwrap(), "{bound}");
+    }
+    let entries = bounds.iter().find(|b| b["what"] == "queue entries no checkpoint has taken").unwrap();
+    assert!(entries["used"].as_u64().unwrap() > 0, "{entries}");
+}
+
 /// The README's transcript, line by line, against a server. `<…>` stands for anything.
 #[test]
 fn the_readme_tells_the_truth() {

@@ -1,6 +1,6 @@
 //! Mixed load on a name server, a broker and two proxies, of which one is killed or stopped now and then: nothing
 //! acknowledged is lost, nothing is changed, and memory, files and threads stay what they were. Seconds in the gate;
-//! `tools/soak.sh` runs it for half an hour (`FERRY_SOAK_SECONDS`), the last third of it without kills.
+//! `tools/soak.sh` runs it for half an hour (`SOAK_SECONDS`), the last third of it without kills.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -27,7 +27,7 @@ const TAGS: [&str; 2] = ["even", "odd"];
 const FORGOTTEN: u32 = 30;
 
 fn seconds() -> u64 {
-    std::env::var("FERRY_SOAK_SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(24)
+    std::env::var("SOAK_SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(24)
 }
 
 fn topic(i: u32) -> String {

@@ -1,18 +1,22 @@
 //! Taking over a store folder of Apache RocketMQ: the log as it is, queues and keys made from it, topics, groups and
 //! consumer offsets from its configuration. The source is only read.
 
+mod metadata;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use model::message;
-use model::name::{DLQ_PREFIX, RETRY_PREFIX, SYSTEM_TOPICS};
-use model::{Group, GroupConfig, MessageType, Timestamp, Topic, TopicConfig, limits};
+use model::name::RETRY_PREFIX;
+use model::{Group, GroupConfig, Timestamp, Topic};
 use serde_json::Value;
 
+pub use self::metadata::Metadata;
 use crate::change::{Change, CursorKey};
 use crate::error::{Result, StoreError};
 use crate::fs::Fs;
 use crate::inspect::{self, Flaw};
+use crate::kv::Row;
 use crate::log::record::Record;
 use crate::log::walk::Step;
 
@@ -36,17 +40,6 @@ pub struct Source {
     pub remarks: Vec<String>,
 }
 
-/// What the configuration says.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub struct Metadata {
-    pub topics: Vec<TopicConfig>,
-    pub groups: Vec<GroupConfig>,
-    /// Group, topic, queue, next offset.
-    pub offsets: Vec<(Group, Topic, u32, u64)>,
-    /// How far POP has put messages that were not acknowledged back, by queue of its own topic.
-    pub revived: BTreeMap<u32, u64>,
-}
-
 /// Topics that a broker fills for itself; what waits in them is not carried over.
 const PENDING: [(&str, &str); 3] = [
     ("rmq_sys_wheel_timer", "scheduled messages that were not yet due"),
@@ -57,8 +50,16 @@ const PENDING: [(&str, &str); 3] = [
 /// Where POP keeps what it has handed out.
 const REVIVE_TOPIC: &str = "rmq_sys_REVIVE_LOG_";
 
+/// Gives the rows of a RocksDB folder's default family, without changing the folder.
+pub type ReadRows<'a> = dyn Fn(&Path) -> Result<Vec<Row>> + 'a;
+
 /// Reads all of a folder. `progress` is told of bytes read.
-pub fn scan(fs: &dyn Fs, dir: &Path, mut progress: impl FnMut(u64)) -> Result<Source> {
+pub fn scan(
+    fs: &dyn Fs,
+    read_rows: &ReadRows<'_>,
+    dir: &Path,
+    mut progress: impl FnMut(u64),
+) -> Result<Source> {
     let files = inspect::log_files(fs, &dir.join("commitlog"))?;
     let damaged = |path: &Path, what: String| StoreError::Damaged { path: path.into(), what };
     let Some((first, (_, segment_bytes))) = files.first_key_value().map(|(b, f)| (*b, f.clone())) else {
@@ -100,7 +101,7 @@ pub fn scan(fs: &dyn Fs, dir: &Path, mut progress: impl FnMut(u64)) -> Result<So
     let end = source.end;
     source.damage.retain(|f| log_offset(f).is_some_and(|at| at < end));
     source.files = files;
-    source.metadata = metadata(fs, &dir.join("config"), &source.topics)?;
+    source.metadata = metadata::read(fs, read_rows, &dir.join("config"), &source.topics)?;
     for (topic, what) in PENDING {
         let count: u64 = source.topics.iter().filter(|(t, _)| t.starts_with(topic)).map(|(_, n)| n).sum();
         if count > 0 {
@@ -250,154 +251,5 @@ impl Pops {
             });
         }
         out
-    }
-}
-
-fn metadata(fs: &dyn Fs, config: &Path, stored: &BTreeMap<String, u64>) -> Result<Metadata> {
-    let topics = read_json(fs, &config.join("topics.json"))?;
-    let groups = read_json(fs, &config.join("subscriptionGroup.json"))?;
-    let offsets = read_json(fs, &config.join("consumerOffset.json"))?;
-    let mut out = Metadata::default();
-    let table =
-        |value: &Value, name: &str| value.get(name).and_then(Value::as_object).cloned().unwrap_or_default();
-    let mut known = BTreeSet::new();
-    for (name, config) in table(&topics, "topicConfigTable") {
-        // Its own topics are left alone, but for those that hold messages somebody sent.
-        let own =
-            SYSTEM_TOPICS.contains(&name.as_str()) || is_system(&name) || name.starts_with(RETRY_PREFIX);
-        if own && !name.starts_with(DLQ_PREFIX) {
-            continue;
-        }
-        // Topics that it makes of its cluster and broker name for others to inherit from.
-        let inherited = config.get("perm").and_then(Value::as_u64).is_some_and(|p| p & 1 != 0);
-        if inherited && !stored.contains_key(&name) {
-            continue;
-        }
-        let number = |key: &str| config.get(key).and_then(Value::as_u64).unwrap_or(0) as u32;
-        let queues = number("writeQueueNums").max(number("readQueueNums")).clamp(1, limits::QUEUES_MAX);
-        let kind = config.get("attributes").and_then(|a| a.get("message.type")).and_then(Value::as_str);
-        let types = match kind {
-            Some("FIFO") => [MessageType::Fifo].into(),
-            Some("DELAY") => [MessageType::Delay].into(),
-            Some("TRANSACTION") => [MessageType::Transaction].into(),
-            Some("MIXED") => MessageType::MIXED.into(),
-            _ => [MessageType::Normal].into(),
-        };
-        known.insert(name.clone());
-        let topic = Topic::stored(&name);
-        out.topics.push(TopicConfig { queues, types, version: 1, ..TopicConfig::normal(topic) });
-    }
-    // A topic whose configuration is lost still has its messages.
-    for topic in
-        stored.keys().filter(|t| !known.contains(*t) && !is_system(t) && !t.starts_with(RETRY_PREFIX))
-    {
-        let topic = Topic::stored(topic);
-        out.topics.push(TopicConfig { version: 1, ..TopicConfig::normal(topic) });
-    }
-    for (name, config) in table(&groups, "subscriptionGroupTable") {
-        if is_system_group(&name) {
-            continue;
-        }
-        let fifo = config.get("consumeMessageOrderly").and_then(Value::as_bool).unwrap_or(false);
-        // The reference counts retries, we count deliveries.
-        let retries = config.get("retryMaxTimes").and_then(Value::as_u64);
-        let attempts = retries.and_then(|retries| u32::try_from(retries + 1).ok());
-        let max_attempts = attempts.unwrap_or(limits::ATTEMPTS_DEFAULT);
-        let group = Group::stored(&name);
-        out.groups.push(GroupConfig { fifo, max_attempts, version: 1, ..GroupConfig::concurrent(group) });
-    }
-    for (place, queues) in table(&offsets, "offsetTable") {
-        let Some((topic, group)) = place.rsplit_once('@') else { continue };
-        if topic.starts_with(REVIVE_TOPIC) {
-            let queues = queues.as_object().into_iter().flatten();
-            out.revived.extend(queues.filter_map(|(q, next)| Some((q.parse().ok()?, next.as_u64()?))));
-        }
-        if is_system_group(group) || is_system(topic) {
-            continue;
-        }
-        for (queue, next) in queues.as_object().into_iter().flatten() {
-            if let (Ok(queue), Some(next)) = (queue.parse(), next.as_u64()) {
-                out.offsets.push((Group::stored(group), Topic::stored(topic), queue, next));
-            }
-        }
-    }
-    Ok(out)
-}
-
-fn is_system(topic: &str) -> bool {
-    let prefixes =
-        ["rmq_sys_", "RMQ_SYS_", "SCHEDULE_TOPIC", "OFFSET_MOVED_EVENT", "SELF_TEST_TOPIC", "TBW102"];
-    prefixes.iter().any(|p| topic.starts_with(p))
-        || topic.ends_with("_REPLY_TOPIC")
-        || topic == "BenchmarkTest"
-}
-
-fn is_system_group(group: &str) -> bool {
-    let names = ["TOOLS_CONSUMER", "FILTERSRV_CONSUMER", "SELF_TEST_C_GROUP", "CID_ONS-HTTP-PROXY"];
-    group.starts_with("CID_RMQ_SYS_") || group.starts_with("CID_ONSAPI_") || names.contains(&group)
-}
-
-/// A JSON file, or null if there is none. The reference writes numbers as keys without quotes.
-fn read_json(fs: &dyn Fs, path: &Path) -> Result<Value> {
-    let file = match fs.open_read(path) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Value::Null),
-        file => file.map_err(|e| StoreError::io("opened", path, e))?,
-    };
-    let len = file.len().map_err(|e| StoreError::io("read", path, e))?;
-    let bytes =
-        crate::fs::read_exact_at(&*file, len as usize, 0).map_err(|e| StoreError::io("read", path, e))?;
-    let text = String::from_utf8_lossy(&bytes);
-    serde_json::from_str(&quote_keys(&text))
-        .map_err(|e| StoreError::Damaged { path: path.into(), what: format!("not JSON: {e}") })
-}
-
-/// Puts quotes around numbers that are keys.
-fn quote_keys(text: &str) -> String {
-    let mut out = String::with_capacity(text.len() + 64);
-    let mut rest = text;
-    let (mut in_string, mut escaped, mut key_may_follow) = (false, false, false);
-    while let Some(c) = rest.chars().next() {
-        if !in_string && key_may_follow && c.is_ascii_digit() {
-            let digits = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
-            let (number, after) = rest.split_at(digits);
-            let is_key = after.trim_start().starts_with(':');
-            out.push_str(&if is_key { format!("{number:?}") } else { number.to_owned() });
-            (rest, key_may_follow) = (after, false);
-            continue;
-        }
-        match c {
-            '"' if !escaped => in_string = !in_string,
-            '{' | ',' if !in_string => key_may_follow = true,
-            c if c.is_whitespace() => {}
-            _ => key_may_follow = false,
-        }
-        escaped = in_string && c == '\\' && !escaped;
-        out.push(c);
-        rest = &rest[c.len_utf8()..];
-    }
-    out
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    #[test]
-    fn numbers_as_keys_are_read() {
-        let text = r#"{"offsetTable":{"T@G":{0:5,1 : 3, "2":[1,2]},"a\"{1:":{}}}"#;
-        let value: Value = serde_json::from_str(&quote_keys(text)).unwrap();
-        assert_eq!(value["offsetTable"]["T@G"]["1"], 3);
-        assert_eq!(value["offsetTable"]["T@G"]["2"][0], 1);
-        assert!(value["offsetTable"].get("a\"{1:").is_some());
-    }
-
-    proptest! {
-        #[test]
-        fn sound_json_stays_as_it_is(text in "[a-z0-9{}:,\"\\\\ ]{0,40}") {
-            if let Ok(value) = serde_json::from_str::<Value>(&text) {
-                prop_assert_eq!(serde_json::from_str::<Value>(&quote_keys(&text)).unwrap(), value);
-            }
-        }
     }
 }
