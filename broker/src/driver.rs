@@ -3,7 +3,7 @@
 //! lone call costs no thread switch, and under load one round serves many. What needs time (expiry, checkpoints, a
 //! flood of commands) is the keeper thread's; a second thread syncs and answers, a third writes checkpoints.
 
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering, fence};
 use std::sync::mpsc::{Receiver as Jobs, Sender as JobSender, channel};
 use std::sync::{Arc, Mutex, OnceLock, TryLockError, Weak};
 use std::thread::{self, JoinHandle, Thread};
@@ -13,6 +13,7 @@ use apis::brokers::Reply;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use model::bound::{Bound, Unit};
 use model::{Clock, Timestamp, limits};
+use store::StoreError;
 use store::checkpoint::Checkpoint;
 use store::engine::Retired;
 use store::fs::Fs;
@@ -23,9 +24,12 @@ use store::log::{LogReader, Syncer};
 use crate::command::Command;
 use crate::engine_loop::{Effects, EngineLoop, Pending};
 use crate::error;
+use runtime::net;
 
 /// Commands taken into one group at the most.
 const GROUP_MAX: usize = 4096;
+/// A disk that syncs within this time is waited for where the call is, if it is the only one.
+const SYNC_HERE_MAX_US: u64 = 500;
 /// Rounds a caller runs for others before the keeper takes over.
 const ROUNDS_MAX: usize = 4;
 
@@ -63,7 +67,9 @@ impl Commands {
         if let Some(driver) = &self.driver {
             // Also if the caller goes away while it yields: its command must not lie there.
             let _drives = OnDrop(driver);
-            tokio::task::yield_now().await;
+            if !net::is_alone() {
+                tokio::task::yield_now().await;
+            }
         }
         Ok(())
     }
@@ -94,6 +100,10 @@ struct Driver {
     /// None once the engine is closed. Poisoned if it panicked: nothing is answered any more.
     engine: Mutex<Option<Running>>,
     commands: Receiver<Command>,
+    sender: Sender<Command>,
+    syncer: Syncer,
+    /// How long the last sync took.
+    sync_us: Arc<AtomicU64>,
     clock: Arc<dyn Clock>,
     keeper: OnceLock<Thread>,
     /// When the keeper will wake by itself, ms.
@@ -117,9 +127,13 @@ pub fn start(engine_loop: EngineLoop, clock: impl Clock) -> Commands {
     let (sender, commands) = unbounded();
     let (sync_jobs, sync_queue) = channel();
     let (chores, chore_queue) = channel();
+    let sync_us = Arc::new(AtomicU64::new(0));
     let driver = Arc::new(Driver {
         engine: Mutex::new(None),
         commands,
+        sender: sender.clone(),
+        syncer: syncer.clone(),
+        sync_us: sync_us.clone(),
         clock: Arc::new(clock),
         keeper: OnceLock::new(),
         planned: AtomicI64::new(i64::MIN),
@@ -129,7 +143,7 @@ pub fn start(engine_loop: EngineLoop, clock: impl Clock) -> Commands {
     };
     let back = (sender.clone(), Arc::downgrade(&driver));
     let syncing = syncer.clone();
-    let sync = spawn("ferry-sync", Box::new(move || sync(&syncing, &sync_queue, &back)));
+    let sync = spawn("ferry-sync", Box::new(move || sync((&syncing, &sync_us), &sync_queue, &back)));
     let back = (sender.clone(), Arc::downgrade(&driver));
     let stopping = Arc::new(AtomicBool::new(false));
     let index = KeyThread { keys: keys.clone(), reader: reader.clone(), stopping: stopping.clone() };
@@ -160,10 +174,15 @@ impl Driver {
             // Pairs with the fence below: either this caller gets the lock, or its holder sees the command.
             fence(Ordering::SeqCst);
             match self.engine.try_lock() {
-                Ok(mut guard) => match guard.as_mut() {
-                    Some(running) => self.round(running),
-                    None => return self.refuse(),
-                },
+                Ok(mut guard) => {
+                    let Some(running) = guard.as_mut() else { return self.refuse() };
+                    let here = net::is_alone() && self.sync_us.load(Ordering::Relaxed) < SYNC_HERE_MAX_US;
+                    let pending = self.round(running, here);
+                    drop(guard);
+                    if let Some(pending) = pending {
+                        self.sync_here(pending);
+                    }
+                }
                 Err(TryLockError::WouldBlock) => return,
                 Err(TryLockError::Poisoned(_)) => return self.refuse(),
             }
@@ -186,19 +205,33 @@ impl Driver {
         }
     }
 
-    /// Natural batching: whatever has come in joins this group; nothing is waited for.
-    fn round(&self, running: &mut Running) {
+    /// Syncs for the one caller there is: two thread switches less than the syncing thread.
+    fn sync_here(&self, pending: Pending) {
+        let result = timed_sync(&self.syncer, &self.sync_us);
+        let flushed = result.clone().map(drop).map_err(|e| error::of_store(&e));
+        pending.replies.into_iter().for_each(|reply| reply.send(flushed.clone()));
+        if let Ok(flushed) = result {
+            let _ = self.sender.send(Command::Flushed(flushed));
+        }
+    }
+
+    /// Natural batching: whatever has come in joins this group; nothing is waited for. What is to be synced is given
+    /// back if the caller does that itself.
+    fn round(&self, running: &mut Running, sync_here: bool) -> Option<Pending> {
         let now = self.clock.now();
         for command in self.commands.try_iter().take(GROUP_MAX) {
             running.engine_loop.handle(command, now);
         }
-        let effects = running.engine_loop.finish(now);
+        let mut effects = running.engine_loop.finish(now);
+        let pending = effects.pending.take_if(|_| sync_here);
+        effects.sync &= pending.is_none();
         running.carry_out(effects);
         let next = running.next_wake(now);
         if next < self.planned.load(Ordering::Relaxed) {
             self.planned.store(next, Ordering::Relaxed);
             self.wake();
         }
+        pending
     }
 }
 
@@ -244,7 +277,7 @@ fn keep(driver: &Weak<Driver>) -> Option<Duration> {
     let driver = driver.upgrade()?;
     let mut guard = driver.engine.lock().ok()?;
     let running = guard.as_mut()?;
-    driver.round(running);
+    driver.round(running, false);
     let now = driver.clock.now();
     let effects = running.engine_loop.tend(now);
     if effects.stopped {
@@ -268,11 +301,18 @@ fn keep(driver: &Weak<Driver>) -> Option<Duration> {
 /// The way back to the engine for its own threads, which do not keep it alive.
 type Back = (Sender<Command>, Weak<Driver>);
 
-fn sync(syncer: &Syncer, jobs: &Jobs<SyncJob>, back: &Back) {
+fn timed_sync(syncer: &Syncer, took_us: &AtomicU64) -> Result<u64, StoreError> {
+    let began = Instant::now();
+    let result = syncer.sync();
+    took_us.store(began.elapsed().as_micros() as u64, Ordering::Relaxed);
+    result
+}
+
+fn sync((syncer, took_us): (&Syncer, &AtomicU64), jobs: &Jobs<SyncJob>, back: &Back) {
     while let Ok(first) = jobs.recv() {
         let mut waiting: Vec<Pending> = first.into_iter().collect();
         waiting.extend(jobs.try_iter().flatten());
-        let result = syncer.sync();
+        let result = timed_sync(syncer, took_us);
         for pending in waiting {
             let result = match &result {
                 Ok(flushed) => {

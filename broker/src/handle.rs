@@ -129,7 +129,10 @@ impl Broker {
         if !wait {
             return (&mut reply.reply).await.unwrap_or_else(|_| Err(error::stopped()));
         }
-        match tokio::time::timeout_at(deadline, &mut reply.reply).await {
+        let parked = runtime::net::Parked::begin();
+        let answered = tokio::time::timeout_at(deadline, &mut reply.reply).await;
+        drop(parked);
+        match answered {
             Ok(result) => result.unwrap_or_else(|_| Err(error::stopped())),
             Err(_) => {
                 // What was answered in this very moment is not lost.

@@ -426,3 +426,30 @@ fn keys_lost_to_a_failing_disk_are_indexed_again_without_a_restart() {
     checkpoint(&mut engine);
     assert_eq!(engine.keys().find(hash, 0, i64::MAX, 9).unwrap(), [third, second, first]);
 }
+
+#[test]
+fn nobody_takes_a_sync_that_is_still_running_for_done() {
+    let disk = Disk::new();
+    let (mut engine, _) = disk.open(FlushMode::Async);
+    send(&mut engine, "one", "a").unwrap();
+    let end = engine.end();
+    let (entered, is_in) = std::sync::mpsc::sync_channel(9);
+    let (go, may_go) = std::sync::mpsc::channel();
+    let may_go = parking_lot::Mutex::new(may_go);
+    disk.fs.on_sync(move || {
+        entered.send(()).unwrap();
+        let _: Result<(), _> = may_go.lock().recv();
+    });
+    let syncers = [engine.syncer(), engine.syncer()];
+    std::thread::scope(|threads| {
+        let [first, second] = &syncers;
+        let first = threads.spawn(|| first.sync().unwrap());
+        is_in.recv().unwrap();
+        let (done, is_done) = std::sync::mpsc::channel();
+        threads.spawn(move || done.send(second.sync().unwrap()).unwrap());
+        let early = is_done.recv_timeout(std::time::Duration::from_millis(100));
+        assert!(early.is_err(), "the second one is told that {early:?} is durable");
+        drop(go);
+        assert_eq!((first.join().unwrap(), is_done.recv().unwrap()), (end, end));
+    });
+}

@@ -6,6 +6,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicIsize, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -93,6 +94,45 @@ struct Connection {
     peer: TcpConnectInfo,
 }
 
+/// Calls that are being answered in this process. Those that wait for a message to come do not count.
+static BUSY: AtomicIsize = AtomicIsize::new(0);
+
+struct Busy;
+
+impl Busy {
+    fn begin() -> Self {
+        BUSY.fetch_add(1, Ordering::Relaxed);
+        Self
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        BUSY.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// True if no other call is being answered: nothing is gained by waiting for company.
+pub fn is_alone() -> bool {
+    BUSY.load(Ordering::Relaxed) <= 1
+}
+
+/// Held by a call while it waits for a message to come.
+pub struct Parked(());
+
+impl Parked {
+    pub fn begin() -> Self {
+        BUSY.fetch_sub(1, Ordering::Relaxed);
+        Self(())
+    }
+}
+
+impl Drop for Parked {
+    fn drop(&mut self) {
+        BUSY.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
 /// What a server answers calls with: gRPC services, told apart by the path.
 pub trait Service: Clone + Send + 'static {
     fn call(&self, request: Request<Counted>) -> impl Future<Output = Response<Body>> + Send;
@@ -175,7 +215,12 @@ async fn talk<S: Service>(connection: Connection, service: S, stop: Cancellation
     let answer = service_fn(move |mut request: Request<Incoming>| {
         let service = service.clone();
         request.extensions_mut().insert(peer.clone());
-        async move { Ok::<_, Infallible>(service.call(request.map(Counted::from)).await) }
+        // From here on, not from when its turn comes: others are to know of it.
+        let busy = Busy::begin();
+        async move {
+            let _busy = busy;
+            Ok::<_, Infallible>(service.call(request.map(Counted::from)).await)
+        }
     });
     let served = http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
@@ -256,7 +301,7 @@ impl AsyncWrite for Connection {
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        if !this.out.is_empty() && !this.yielded {
+        if !this.out.is_empty() && !this.yielded && BUSY.load(Ordering::Relaxed) > 0 {
             this.yielded = true;
             cx.waker().wake_by_ref();
             return Poll::Pending;

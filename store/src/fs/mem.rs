@@ -30,7 +30,10 @@ struct Disk {
     /// Bytes that may still be allocated.
     room: Option<u64>,
     space: Option<Space>,
+    on_sync: Option<OnSync>,
 }
+
+type OnSync = Arc<dyn Fn() + Send + Sync>;
 
 #[derive(Default)]
 struct Content {
@@ -52,6 +55,11 @@ impl MemFs {
 
     pub fn inject(&self, fault: Fault) {
         self.0.lock().fault = Some(fault);
+    }
+
+    /// Called in every sync of a file before anything is durable: how long a sync takes.
+    pub fn on_sync(&self, wait: impl Fn() + Send + Sync + 'static) {
+        self.0.lock().on_sync = Some(Arc::new(wait));
     }
 
     pub fn heal(&self) {
@@ -251,6 +259,10 @@ impl File for MemFile {
     }
 
     fn sync(&self) -> io::Result<()> {
+        let slowly = self.disk.lock().on_sync.clone();
+        if let Some(wait) = slowly {
+            wait();
+        }
         if self.disk.lock().strikes(false) {
             return Err(io::Error::other("injected sync error"));
         }

@@ -56,6 +56,8 @@ struct Shared {
     segments: RwLock<BTreeMap<u64, Arc<Segment>>>,
     /// Bases of the files written to since their last sync.
     dirty: Mutex<BTreeSet<u64>>,
+    /// Held while syncing.
+    syncing: Mutex<()>,
     end: AtomicU64,
     /// What lies below came from another broker's log: its records may lack the whole-record checksum.
     imported: u64,
@@ -243,6 +245,7 @@ impl Log {
             segment_bytes: options.segment_bytes,
             segments: RwLock::new(segments),
             dirty: Mutex::default(),
+            syncing: Mutex::default(),
             end: AtomicU64::new(end),
             imported,
             opened_at: AtomicU64::new(u64::MAX),
@@ -451,6 +454,8 @@ impl Syncer {
 
     /// Syncs everything appended before the call; returns the offset below which all is durable.
     pub fn sync(&self) -> Result<u64> {
+        // One at a time: whoever finds nothing left to sync must know that it is synced, not that another is at it.
+        let _one = self.0.syncing.lock();
         self.0.check()?;
         let end = self.0.end.load(Ordering::Acquire);
         if end == self.flushed() {
