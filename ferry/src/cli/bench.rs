@@ -42,6 +42,12 @@ pub struct BenchArgs {
     pub topics: u64,
     #[arg(long, default_value = "bench")]
     pub group: String,
+    /// Receivers belong to this many groups in turn: NAME-0, NAME-1, …
+    #[arg(long, default_value_t = 1)]
+    pub groups: usize,
+    /// Longest wait of a receiver for a message, seconds
+    #[arg(long, default_value_t = 10)]
+    pub poll: u64,
     /// Body, bytes
     #[arg(long, default_value_t = 1024)]
     pub size: usize,
@@ -127,7 +133,10 @@ pub async fn run(command: BenchCommand) -> anyhow::Result<()> {
             if number >= args.in_flight {
                 break;
             }
-            let (client, meter, args) = (client.clone(), meter.clone(), args.clone());
+            let (client, meter, mut args) = (client.clone(), meter.clone(), args.clone());
+            if args.groups > 1 {
+                args.group = format!("{}-{}", args.group, number % args.groups);
+            }
             let queue = queues[number % queues.len()].clone();
             match command {
                 BenchCommand::Send(_) | BenchCommand::Ceiling(_) => {
@@ -365,11 +374,11 @@ async fn receive_once(
         batch_size: args.batch as i32,
         invisible_duration: Some(duration(60_000)),
         auto_renew: false,
-        long_polling_timeout: Some(duration(10_000)),
+        long_polling_timeout: Some(duration(args.poll as i64 * 1000)),
         attempt_id: None,
     };
     let mut request = tonic::Request::new(request);
-    request.set_timeout(Duration::from_secs(15));
+    request.set_timeout(Duration::from_secs(args.poll + 5));
     let mut stream = client.receive_message(request).await.map_err(failed)?.into_inner();
     let mut messages = Vec::new();
     while let Some(frame) = stream.next().await {
