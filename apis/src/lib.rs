@@ -8,6 +8,7 @@ pub mod convert;
 pub mod names;
 pub mod remote;
 pub mod status;
+pub mod unary;
 
 #[allow(clippy::all, clippy::unwrap_used)]
 mod generated {

@@ -442,6 +442,7 @@ mod tests {
         let (done, seen) = mpsc::channel();
         let look = Command::Look(Box::new(move |_| done.send(()).unwrap()));
         {
+            let _others = [net::Busy::begin(), net::Busy::begin()];
             let mut bringing = Box::pin(commands.bring(look));
             // It is dropped while it lets the others go first.
             std::future::poll_fn(|cx| {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use apis::admin::ferry_admin_server::FerryAdminServer;
 use apis::brokers::{Brokers, NameServers};
 use apis::status::Error;
-use apis::v2::messaging_service_server::{self, MessagingService, MessagingServiceServer};
+use apis::v2::messaging_service_server::{self, MessagingServiceServer};
 use model::{Clock, limits};
 use runtime::net;
 use tokio::net::TcpListener;
@@ -91,24 +91,30 @@ impl<B: Brokers, N: NameServers> Proxy<B, N> {
             // Long polls and telemetry streams end now; they would otherwise never.
             draining.cancel();
         });
-        net::serve(listener, config.tls, Services { messaging, others }, stop, DRAIN).await;
+        let services = Services { hot: Messaging(front), messaging, others };
+        net::serve(listener, config.tls, services, stop, DRAIN).await;
         let _ = background.await;
     }
 }
 
 /// Messages go straight to their service; what is rare takes the general way.
 #[derive(Clone)]
-struct Services<M> {
-    messaging: MessagingServiceServer<M>,
+struct Services<B, N> {
+    hot: Messaging<B, N>,
+    messaging: MessagingServiceServer<Messaging<B, N>>,
     others: Router,
 }
 
-impl<M: MessagingService + Clone> net::Service for Services<M> {
+impl<B: Brokers, N: NameServers> net::Service for Services<B, N> {
     async fn call(&self, request: http::Request<net::Counted>) -> http::Response<Body> {
         let service = request.uri().path().split('/').nth(1);
         if service != Some(messaging_service_server::SERVICE_NAME) {
             return self.others.call(request).await;
         }
+        let request = match self.hot.answer(request).await {
+            Ok(response) => return response,
+            Err(request) => request,
+        };
         match tower_service::Service::call(&mut self.messaging.clone(), request).await {
             Ok(response) => response,
             Err(never) => match never {},

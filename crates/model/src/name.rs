@@ -150,7 +150,8 @@ impl Group {
     }
 }
 
-fn split(full: &str) -> (&str, &str) {
+/// Namespace and name of a full name.
+pub fn split(full: &str) -> (&str, &str) {
     if full.starts_with(RETRY_PREFIX) || full.starts_with(DLQ_PREFIX) {
         return ("", full);
     }

@@ -97,12 +97,13 @@ struct Connection {
 /// Calls that are being answered in this process. Those that wait for a message to come do not count.
 static BUSY: AtomicIsize = AtomicIsize::new(0);
 
-struct Busy;
+/// Held while a call is being answered.
+pub struct Busy(());
 
 impl Busy {
-    fn begin() -> Self {
+    pub fn begin() -> Self {
         BUSY.fetch_add(1, Ordering::Relaxed);
-        Self
+        Self(())
     }
 }
 
@@ -217,10 +218,11 @@ async fn talk<S: Service>(connection: Connection, service: S, stop: Cancellation
         request.extensions_mut().insert(peer.clone());
         // From here on, not from when its turn comes: others are to know of it.
         let busy = Busy::begin();
-        async move {
+        // In a box: some kilobytes that would otherwise be copied from task to task.
+        Box::pin(async move {
             let _busy = busy;
             Ok::<_, Infallible>(service.call(request.map(Counted::from)).await)
-        }
+        })
     });
     let served = http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())

@@ -55,8 +55,19 @@ pub enum StoreCommand {
         #[command(flatten)]
         remote: Remote,
     },
-    /// Let go at once of what the running brokers' retention allows
+    /// Let go at once of what retention allows: the running brokers' own, or with a folder what is said here
     Prune {
+        /// The folder of a stopped broker
+        data: Option<PathBuf>,
+        /// Messages older than this may go, hours
+        #[arg(long, default_value_t = 72, requires = "data")]
+        hours: u32,
+        /// Bytes of log that are kept at the most
+        #[arg(long, requires = "data")]
+        bytes: Option<u64>,
+        /// Also what a group has not consumed
+        #[arg(long, requires = "data")]
+        delete_unconsumed: bool,
         #[command(flatten)]
         remote: Remote,
     },
@@ -93,7 +104,12 @@ pub async fn run(command: StoreCommand) -> anyhow::Result<()> {
         StoreCommand::Usage { data: Some(data), remote, .. } => usage(&data, remote.output),
         StoreCommand::Usage { bounds: true, remote, .. } => bounds(remote).await,
         StoreCommand::Usage { remote, .. } => state(false, remote).await,
-        StoreCommand::Prune { remote } => state(true, remote).await,
+        StoreCommand::Prune { data: Some(data), hours, bytes, delete_unconsumed, remote } => {
+            let max_bytes = bytes.unwrap_or(u64::MAX);
+            let age_ms = i64::from(hours) * 3_600_000;
+            prune(&data, Retention { age_ms, max_bytes, delete_unconsumed, ..UNHURRIED }, remote.output)
+        }
+        StoreCommand::Prune { remote, .. } => state(true, remote).await,
         StoreCommand::Repair { data, output } => repair(&data, output),
         StoreCommand::Import { source, data, dry_run, in_place, output } => {
             take_over(&source, &data, (dry_run, in_place), output)
@@ -424,15 +440,52 @@ fn copy_log(found: &import::Source, data: &Path, in_place: bool) -> anyhow::Resu
     mark_imported(&OsFs, data, found.end).with_context(|| format!("{} cannot be written", data.display()))
 }
 
+/// However full the disk is.
+const UNHURRIED: Retention = Retention {
+    age_ms: i64::MAX,
+    max_bytes: u64::MAX,
+    delete_unconsumed: false,
+    clean_ratio: 1.0,
+    full_ratio: 1.0,
+};
+
+fn must_be_ours(data: &Path) -> Result<(), Usage> {
+    match data.join("format").exists() {
+        true => Ok(()),
+        false => Err(Usage(format!("{} is not a data folder of FerryMQ", data.display()))),
+    }
+}
+
+fn prune(data: &Path, retention: Retention, format: Format) -> anyhow::Result<()> {
+    must_be_ours(data)?;
+    let mut engine = open(data, retention)?;
+    let before = engine.state().log_start;
+    let retired = engine.keep_disk(SystemClock.now())?;
+    let state = engine.state();
+    for file in retired.iter().flat_map(|r| &r.files) {
+        std::fs::remove_file(file).with_context(|| format!("{} cannot be removed", file.display()))?;
+    }
+    engine.keys().prune(state.log_start)?;
+    engine.close(SystemClock.now())?;
+    let fields = [
+        ("bytes let go", json!(state.log_start - before)),
+        ("log start", json!(state.log_start)),
+        ("log end", json!(state.log_end)),
+        ("held by", json!(state.held_by)),
+    ];
+    output::object(format, &fields);
+    Ok(())
+}
+
 /// Opens a folder as a broker does.
-fn open(data: &Path) -> anyhow::Result<Engine> {
+fn open(data: &Path, retention: Retention) -> anyhow::Result<Engine> {
     let options = Options {
         dir: data.into(),
         flush: FlushMode::Async,
         log: LogOptions::default(),
         queue_file_entries: store::queue::ENTRIES_PER_FILE,
         key_index: store::keys::Shape::default(),
-        retention: Retention::default(),
+        retention,
         host: SocketAddr::from(([127, 0, 0, 1], 10911)),
         new_key: random::secret(),
     };
@@ -443,10 +496,8 @@ fn open(data: &Path) -> anyhow::Result<Engine> {
 }
 
 fn repair(data: &Path, format: Format) -> anyhow::Result<()> {
-    if !data.join("format").exists() {
-        return Err(Usage(format!("{} is not a data folder of FerryMQ", data.display())).into());
-    }
-    let mut engine = open(data)?;
+    must_be_ours(data)?;
+    let mut engine = open(data, UNHURRIED)?;
     let mut progress = Progress::new("indexing", log_bytes(data)?);
     let repaired = engine.rebuild_indexes(|bytes| progress.add(bytes))?;
     progress.end();
@@ -458,7 +509,7 @@ fn repair(data: &Path, format: Format) -> anyhow::Result<()> {
 /// Opens the copied log once: makes queues and metadata, and closes it cleanly.
 fn adopt(found: &import::Source, data: &Path) -> anyhow::Result<u64> {
     let now = SystemClock.now();
-    let mut engine = open(data)?;
+    let mut engine = open(data, UNHURRIED)?;
     let changes = found.changes(|topic, queue, offset| {
         engine.message(topic, queue, offset)?.property(message::UNIQ_KEY).map(str::to_owned)
     });

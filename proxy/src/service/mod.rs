@@ -13,11 +13,15 @@ use apis::brokers::{Brokers, NameServers};
 use apis::context::CallContext;
 use apis::internal::PutMetadataRequest;
 use apis::status::Error;
+use apis::unary;
 use apis::v2::messaging_service_server::MessagingService;
 use apis::v2::*;
+use model::limits::FRAME_MAX_BYTES;
 use model::{Clock, Group, GroupConfig, Topic, TopicConfig};
+use runtime::net::Counted;
 use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
+use tonic::body::Body;
 use tonic::{Request, Response, Status as GrpcStatus, Streaming};
 
 use crate::call::Call;
@@ -112,6 +116,35 @@ macro_rules! answer {
     }};
 }
 
+impl<B: Brokers, N: NameServers> Messaging<B, N> {
+    /// Answers the calls that come most often by the short way, if this is one of them.
+    pub async fn answer(
+        &self,
+        request: http::Request<Counted>,
+    ) -> Result<http::Response<Body>, http::Request<Counted>> {
+        if unary::is_compressed(&request) {
+            return Err(request);
+        }
+        let front = self.0.clone();
+        let max = FRAME_MAX_BYTES;
+        match request.uri().path().rsplit('/').next() {
+            Some("SendMessage") => Ok(unary::serve(request, max, async move |r| {
+                answer!(r, SendMessageResponse, |call, r| front.send(call, r))
+            })
+            .await),
+            Some("AckMessage") => Ok(unary::serve(request, max, async move |r| {
+                answer!(r, AckMessageResponse, |call, r| front.ack(call, r))
+            })
+            .await),
+            Some("ReceiveMessage") => Ok(match unary::take(request, max).await {
+                Ok(r) => unary::respond(front.receive(Call::of(&r), r.into_inner()).await),
+                Err(status) => status.into_http(),
+            }),
+            _ => Err(request),
+        }
+    }
+}
+
 #[tonic::async_trait]
 #[allow(clippy::needless_update, reason = "some answers are nothing but their status")]
 impl<B: Brokers, N: NameServers> MessagingService for Messaging<B, N> {
@@ -167,7 +200,7 @@ impl<B: Brokers, N: NameServers> MessagingService for Messaging<B, N> {
         request: Request<ReceiveMessageRequest>,
     ) -> Result<Response<Self::ReceiveMessageStream>, GrpcStatus> {
         let call = Call::of(&request);
-        Ok(Response::new(self.0.clone().receive(call, request.into_inner()).await))
+        Ok(Response::new(Box::pin(self.0.clone().receive(call, request.into_inner()).await)))
     }
 
     async fn ack_message(

@@ -7,18 +7,21 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use apis::brokers::{Brokers, NameServers};
-use apis::convert::receive as convert;
+use apis::convert::receive::{self as convert, Scratch};
 use apis::internal::{ChangeInvisibleRequest, Delivered, PopRequest};
 use apis::status::{Error, ok};
 use apis::v2::receive_message_response::Content;
 use apis::v2::*;
-use apis::{names, v2};
+use apis::{names, unary, v2};
+use bytes::Bytes;
+use http_body::Frame;
 use md5::{Digest as _, Md5};
 use model::{TagFilter, limits};
+use prost::Message as _;
 use tokio_stream::Stream;
 use tonic::Status as GrpcStatus;
 
-use super::{Frames, Front};
+use super::Front;
 use crate::call::Call;
 
 /// What a broker call may take beyond its waiting.
@@ -29,23 +32,19 @@ impl<B: Brokers, N: NameServers> Front<B, N> {
         self: Arc<Self>,
         call: Result<Call, Error>,
         r: ReceiveMessageRequest,
-    ) -> Frames<ReceiveMessageResponse> {
+    ) -> Delivery<B, N> {
         let received = match call {
             Ok(call) => self.pop(&call, r).await,
             Err(error) => Err(error),
         };
-        let now = self.clock.now().0;
-        match received {
+        let (status, received) = match received {
             Ok(popped) if popped.messages.is_empty() => {
-                frames(Error::new(Code::MessageNotFound, "no new message").status(), now)
+                (Error::new(Code::MessageNotFound, "no new message").status(), None)
             }
-            Ok(popped) => {
-                let Received { messages, broker, group, topic, call } = popped;
-                let frames = contents(ok(), messages.into_iter().map(|d| message(d, call.language)), now);
-                Box::pin(Delivery { frames, broker, group, topic, call, front: self.clone() })
-            }
-            Err(error) => frames(error.status(), now),
-        }
+            Ok(popped) => (ok(), Some(popped)),
+            Err(error) => (error.status(), None),
+        };
+        Delivery::new(status, received, self)
     }
 
     async fn pop(&self, call: &Call, r: ReceiveMessageRequest) -> Result<Received, Error> {
@@ -160,19 +159,14 @@ fn invisible(duration: Option<&prost_types::Duration>, auto_renew: bool) -> Resu
     Err(Error::new(Code::IllegalInvisibleTime, what))
 }
 
-fn message(d: Delivered, language: Language) -> v2::Message {
-    let digest = digest(&d.body, language);
-    convert::message(d, digest)
-}
-
 /// MD5 in upper-case hex is what every client takes. CRC-32 in eight upper-case digits is as good to the clients that
 /// are known to take it, and costs next to nothing; some write it without leading zeros, so that such a sum is MD5.
-fn digest(body: &[u8], language: Language) -> Digest {
+fn digest(body: &[u8], language: Language) -> (DigestType, String) {
     let takes_crc = matches!(language, Language::Java | Language::Golang | Language::Python | Language::Rust);
     if takes_crc {
         let sum = crc32fast::hash(body);
         if sum >> 28 != 0 {
-            return Digest { r#type: DigestType::Crc32.into(), checksum: format!("{sum:08X}") };
+            return (DigestType::Crc32, format!("{sum:08X}"));
         }
     }
     let digest = Md5::digest(body);
@@ -181,54 +175,103 @@ fn digest(body: &[u8], language: Language) -> Digest {
         text.push(char::from(b"0123456789ABCDEF"[usize::from(b & 15)]));
         text
     });
-    Digest { r#type: DigestType::Md5.into(), checksum }
+    (DigestType::Md5, checksum)
 }
 
-type Contents = std::vec::IntoIter<Content>;
+/// Frames are gathered up to this many bytes.
+const GATHER_BYTES: usize = 32 * 1024;
 
-fn contents(status: v2::Status, messages: impl Iterator<Item = v2::Message>, now_ms: i64) -> Contents {
-    let contents = std::iter::once(Content::Status(status)).chain(messages.map(Content::Message));
-    contents.chain([Content::DeliveryTimestamp(convert::timestamp(now_ms))]).collect::<Vec<_>>().into_iter()
-}
-
-fn frames(status: v2::Status, now_ms: i64) -> Frames<ReceiveMessageResponse> {
-    let contents = contents(status, std::iter::empty(), now_ms);
-    Box::pin(tokio_stream::iter(
-        contents.map(|content| Ok(ReceiveMessageResponse { content: Some(content) })),
-    ))
-}
-
-/// The stream of a batch. If the client goes away in the middle, what it has not been sent comes back at once.
-struct Delivery<B: Brokers, N: NameServers> {
-    frames: Contents,
-    broker: String,
-    group: String,
-    topic: String,
-    call: Call,
+/// The answer to a receive: status, messages, delivery timestamp. If the client goes away in the middle, what it has not
+/// been sent comes back at once.
+pub(crate) struct Delivery<B: Brokers, N: NameServers> {
+    status: Option<v2::Status>,
+    messages: std::vec::IntoIter<Delivered>,
+    delivered_at: Option<prost_types::Timestamp>,
+    ended: bool,
+    scratch: Scratch,
+    received: Option<Received>,
     front: Arc<Front<B, N>>,
 }
 
+impl<B: Brokers, N: NameServers> Delivery<B, N> {
+    fn new(status: v2::Status, mut received: Option<Received>, front: Arc<Front<B, N>>) -> Self {
+        let messages = received.as_mut().map(|r| std::mem::take(&mut r.messages)).unwrap_or_default();
+        Self {
+            status: Some(status),
+            messages: messages.into_iter(),
+            delivered_at: Some(convert::timestamp(front.clock.now().0)),
+            ended: false,
+            scratch: Scratch::default(),
+            received,
+            front,
+        }
+    }
+
+    /// Writes the next frame; false if there is none.
+    fn put_next(&mut self, out: &mut Vec<u8>) -> bool {
+        let frame = |content| ReceiveMessageResponse { content: Some(content) };
+        if let Some(status) = self.status.take() {
+            unary::put_frame(&frame(Content::Status(status)), out);
+        } else if let Some(delivered) = self.messages.next() {
+            let language = self.received.as_ref().map_or(Language::Unspecified, |r| r.call.language);
+            let (kind, sum) = digest(&delivered.body, language);
+            convert::encode_message(&delivered, (kind, &sum), &mut self.scratch, out);
+        } else if let Some(at) = self.delivered_at.take() {
+            unary::put_frame(&frame(Content::DeliveryTimestamp(at)), out);
+        } else {
+            return false;
+        }
+        true
+    }
+}
+
+impl<B: Brokers, N: NameServers> http_body::Body for Delivery<B, N> {
+    type Data = Bytes;
+    type Error = GrpcStatus;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, GrpcStatus>>> {
+        let this = self.get_mut();
+        let ahead: usize =
+            this.messages.as_slice().iter().map(|d| d.body.len() + d.properties.len() + 512).sum();
+        let mut out = Vec::with_capacity(ahead.min(GATHER_BYTES) + 256);
+        while out.len() < GATHER_BYTES && this.put_next(&mut out) {}
+        Poll::Ready(match out.is_empty() {
+            false => Some(Ok(Frame::data(out.into()))),
+            true if std::mem::replace(&mut this.ended, true) => None,
+            true => Some(Ok(unary::trailers())),
+        })
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.ended
+    }
+}
+
+/// Frame by frame, for whoever calls the service without a wire.
 impl<B: Brokers, N: NameServers> Stream for Delivery<B, N> {
     type Item = Result<ReceiveMessageResponse, GrpcStatus>;
 
-    fn poll_next(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        Poll::Ready(self.frames.next().map(|content| Ok(ReceiveMessageResponse { content: Some(content) })))
+    fn poll_next(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let mut frame = Vec::new();
+        let more = self.get_mut().put_next(&mut frame);
+        let decode =
+            || ReceiveMessageResponse::decode(&frame[5..]).map_err(|e| GrpcStatus::internal(e.to_string()));
+        Poll::Ready(more.then(decode))
     }
 }
 
 impl<B: Brokers, N: NameServers> Drop for Delivery<B, N> {
     fn drop(&mut self) {
-        let unsent = self.frames.by_ref().filter_map(|content| match content {
-            Content::Message(m) => m.system_properties?.receipt_handle,
-            _ => None,
-        });
-        let unsent: Vec<String> = unsent.collect();
+        let unsent: Vec<String> =
+            self.messages.by_ref().map(|d| d.handle).filter(|h| !h.is_empty()).collect();
+        let Some(Received { broker, group, topic, call, .. }) = self.received.take() else { return };
         if unsent.is_empty() {
             return;
         }
-        let (front, broker, context) =
-            (self.front.clone(), std::mem::take(&mut self.broker), self.call.context());
-        let (group, topic) = (std::mem::take(&mut self.group), std::mem::take(&mut self.topic));
+        let (front, context) = (self.front.clone(), call.context());
         tokio::spawn(async move {
             for handle in unsent {
                 let (group, topic) = (group.clone(), topic.clone());
