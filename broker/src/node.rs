@@ -6,8 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use apis::brokers::NameServers;
-use apis::internal::broker_service_server::BrokerServiceServer;
-use model::{Clock, limits};
+use model::Clock;
 use runtime::net;
 use store::fs::Fs;
 use store::keys::Shape;
@@ -16,10 +15,10 @@ use store::log::LogOptions;
 use store::{Engine, FlushMode, Options, RecoveryReport, Retention, StoreError};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
-use tonic::service::Routes;
 
 use crate::engine_loop::EngineLoop;
 use crate::register::{self, Identity};
+use crate::service::Services;
 use crate::{Broker, driver};
 
 /// Calls in progress get this long at a stop.
@@ -107,10 +106,7 @@ impl Node {
         let identity = self.identity(advertised);
         let registration = register::run(self.broker.clone(), identity, name_servers, stop.clone());
         let registration = tokio::spawn(registration);
-        let service = BrokerServiceServer::new(self.broker.clone())
-            .max_decoding_message_size(limits::FRAME_MAX_BYTES)
-            .max_encoding_message_size(limits::FRAME_MAX_BYTES);
-        net::serve(listener, None, Routes::new(service), stop, DRAIN).await;
+        net::serve(listener, None, Services::new(self.broker.clone()), stop, DRAIN).await;
         let _ = registration.await;
         self.drain().await;
     }

@@ -73,9 +73,8 @@ pub struct Bounds {
 }
 
 /// What a checkpoint writes besides the rows.
-#[derive(Default)]
 pub struct Taken {
-    files: Option<Arc<QueueFiles>>,
+    files: Arc<QueueFiles>,
     gone: BTreeSet<Topic>,
     /// Each with the life of its queue.
     runs: Vec<(Run, u64)>,
@@ -84,9 +83,8 @@ pub struct Taken {
 impl Taken {
     /// Runs on any thread, before the rows are written. What it writes of a log that is not flushed counts for nothing.
     pub fn write(&self) -> Result<()> {
-        let Some(files) = &self.files else { return Ok(()) };
-        self.gone.iter().try_for_each(|topic| files.remove(topic))?;
-        files.write(self.runs.iter().map(|(run, _)| run))
+        self.gone.iter().try_for_each(|topic| self.files.remove(topic))?;
+        self.files.write(self.runs.iter().map(|(run, _)| run))
     }
 }
 
@@ -127,6 +125,8 @@ struct Queue {
     tail: VecDeque<Entry>,
     /// Has changed since it was last taken.
     dirty: bool,
+    /// What was below when it was last taken; 0 if that came to nothing.
+    taken_to: u64,
     /// Tells it from an earlier queue of the same name.
     life: u64,
 }
@@ -300,6 +300,7 @@ impl FileQueues {
             queue.tail = entries;
         }
         queue.dirty = false;
+        queue.taken_to = queue.bounds.max;
         let from = queue.filed;
         if queue.bounds.max - from < ROW_ENTRIES {
             batch.put(Family::Queues, key, queue.row());
@@ -312,14 +313,16 @@ impl FileQueues {
         Ok(Some((Run { topic: topic.clone(), queue: id, from, entries }, queue.life)))
     }
 
-    /// Lets go of entries that are written, if there are many.
+    /// Lets go of entries that are written, if there are many. Everything that was taken is.
     fn forget_written(&mut self) {
         if self.kept <= KEPT_MAX {
             return;
         }
-        for queue in self.topics.values_mut().flatten().filter(|q| !q.dirty) {
-            self.kept -= queue.tail.len();
-            queue.tail = VecDeque::new();
+        for queue in self.topics.values_mut().flatten() {
+            let written = queue.taken_to.saturating_sub(queue.tail_from()) as usize;
+            queue.tail.drain(..written);
+            queue.tail.shrink_to_fit();
+            self.kept -= written;
         }
     }
 }
@@ -434,7 +437,7 @@ impl QueueIndex for FileQueues {
             batch.delete(Family::Queues, key);
         }
         let gone = std::mem::take(&mut self.gone);
-        let mut taken = Taken { files: Some(self.files.clone()), gone, runs: Vec::new() };
+        let mut taken = Taken { files: self.files.clone(), gone, runs: Vec::new() };
         self.buffered = 0;
         while let Some((topic, id)) = self.dirty.pop() {
             match self.take_queue(&topic, id, batch) {
@@ -467,8 +470,11 @@ impl QueueIndex for FileQueues {
         self.gone.extend(taken.gone);
         for (_, key, _) in batch.0.iter().filter(|(family, ..)| *family == Family::Queues) {
             let Some((topic, id)) = of_key(key) else { continue };
-            match self.queue(&topic, id) {
-                Some(_) => self.mark(&topic, id),
+            match self.queue_mut(&topic, id) {
+                Some(queue) => {
+                    queue.taken_to = 0;
+                    self.mark(&topic, id);
+                }
                 None => drop(self.gone_rows.insert(key.clone())),
             }
         }

@@ -281,6 +281,56 @@ fn commands_fail_with_a_code_and_a_fix() {
     }
 }
 
+/// A folder of a stopped broker: 300 messages of 1 KiB, many years old, in log files of 64 KiB.
+fn old_folder(data: &Path) {
+    let options = store::Options {
+        dir: data.into(),
+        flush: store::FlushMode::Async,
+        log: store::log::LogOptions { segment_bytes: 64 << 10, chunk_bytes: 8 << 10, reserve_bytes: 8 << 10 },
+        queue_file_entries: store::queue::ENTRIES_PER_FILE,
+        key_index: store::keys::Shape::default(),
+        retention: store::Retention::default(),
+        host: ([127, 0, 0, 1], 1).into(),
+        new_key: [1; 16],
+    };
+    let (fs, then) = (Arc::new(store::fs::OsFs), model::Timestamp(1_000));
+    let lock = store::engine::claim(&*fs, &options).unwrap();
+    let kv = Arc::new(store::kv::RocksKv::open(&data.join("rocksdb")).unwrap());
+    let (mut engine, _) = store::Engine::open(options, fs, kv, lock, then).unwrap();
+    let topic = model::Topic::stored("old");
+    engine.put_meta(store::change::Change::PutTopic(model::TopicConfig::normal(topic.clone())));
+    for _ in 0..300 {
+        let message = store::NewMessage {
+            queue: 0,
+            body: vec![b'x'; 1024].into(),
+            properties: bytes::Bytes::new(),
+            sys_flag: 0,
+            born_timestamp_ms: then.0,
+            born_host: ([127, 0, 0, 1], 2).into(),
+        };
+        engine.append(&topic, &[message], then).unwrap();
+        engine.commit(then).unwrap();
+    }
+    engine.close(then).unwrap();
+}
+
+#[test]
+fn a_stopped_brokers_folder_is_pruned() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    old_folder(&data);
+    let folder = data.to_str().unwrap();
+    let prune = |more: &[&str]| -> serde_json::Value {
+        let args = [&["store", "prune", folder, "-o", "json"], more].concat();
+        serde_json::from_str(&run(&args)).unwrap()
+    };
+    assert_eq!(prune(&["--hours", "4000000"])["bytes_let_go"], 0, "not that old");
+    let let_go = prune(&[])["bytes_let_go"].as_u64().unwrap();
+    assert!((256 << 10..400 << 10).contains(&let_go) && let_go % (64 << 10) == 0, "{let_go}");
+    assert_eq!(prune(&[])["bytes_let_go"], 0, "once");
+    run(&["store", "verify", folder]);
+}
+
 #[test]
 fn a_reader_that_goes_away_is_no_error() {
     let dir = tempfile::tempdir().unwrap();
