@@ -114,13 +114,15 @@ def idle(server, consumers):
 def catch_up(server):
     sender = ["send", "--topic", "hot", "--connections", "1", "--in-flight", "4", "--duration", "8", "--warm-up", "1"]
     alone = bench(server, *sender)["per_second"]
+    # A topic of its own, not so long that a new group would begin at its end.
+    bench(server, "send", "--topic", "old", "--batch", "32", "--duration", "12", "--warm-up", "0")
     result = {}
     for how in ("warm", "cold"):
         if how == "cold":
             subprocess.run(["sync"], check=True)
             with open("/proc/sys/vm/drop_caches", "w") as f:
                 f.write("1")
-        reader = begin_bench(server, "receive", "--topic", "many", "--group", f"late-{how}", "--batch", "32", "--connections", "1",
+        reader = begin_bench(server, "receive", "--topic", "old", "--group", f"late-{how}", "--batch", "32", "--connections", "1",
                              "--in-flight", "2", "--duration", "10", "--warm-up", "0")
         result[how] = bench(server, *sender)["per_second"]
         result[how + "_read_per_second"] = json.loads(reader.communicate()[0])["per_second"]
