@@ -192,6 +192,7 @@ pub fn verify(fs: &dyn Fs, data: &Path, mut progress: impl FnMut(u64)) -> Result
         }
     };
     let mut expected = None;
+    let mut reached = 0;
     for (base, (path, len)) in &files {
         if expected.is_some_and(|e| e != *base) {
             flaw(
@@ -210,6 +211,7 @@ pub fn verify(fs: &dyn Fs, data: &Path, mut progress: impl FnMut(u64)) -> Result
                     seen.records += 1;
                     seen.bytes += u64::from(r.size);
                     seen.log_end = r.log_offset + u64::from(r.size);
+                    reached = seen.log_end;
                     progress(u64::from(r.size));
                     let foreign = !record::has_crc(r) && r.log_offset >= imported && flushed > 0;
                     if foreign {
@@ -219,13 +221,18 @@ pub fn verify(fs: &dyn Fs, data: &Path, mut progress: impl FnMut(u64)) -> Result
                 // What was never flushed may be torn, or just being written.
                 Step::Damage { at, .. } if *at >= flushed && flushed > 0 => {}
                 Step::Damage { at, to, error } => damage.push((*at, format!("{error}; {} bytes", to - at))),
-                Step::End { at, .. } => seen.log_end = seen.log_end.max(*at.min(&seen.log_end)),
+                Step::End { at, .. } => reached = reached.max(*at),
             }
             true
         })?;
         for (at, what) in damage {
             flaw(&mut seen, path, at - base, what);
         }
+    }
+    if let Some((base, (path, _))) = files.last_key_value().filter(|_| reached < flushed) {
+        let what =
+            format!("the log ends here; it was flushed up to {flushed}, {} bytes more", flushed - reached);
+        flaw(&mut seen, path, reached.saturating_sub(*base), what);
     }
     verify_queues(fs, data, &files, &mut seen, &mut flaw)?;
     Ok(seen)

@@ -184,3 +184,16 @@ fn a_flipped_bit_costs_one_message_and_is_named_by_file_and_offset() {
     let found = (bounds.min..bounds.max).filter(|o| engine.message(&Topic::stored("t"), 1, *o).is_some());
     assert_eq!(found.collect::<Vec<_>>(), [0, 2, 3], "of {} messages", bodies.len());
 }
+
+#[test]
+fn a_log_that_ends_before_what_was_flushed_is_named() {
+    let (fs, kv, _) = filled(&[100; 9]);
+    let engine = open(&fs, &kv).unwrap();
+    let last = engine.message(&Topic::stored("t"), 0, 4).unwrap();
+    engine.close(NOW).unwrap();
+    let log = PathBuf::from("/data/commitlog/00000000000000000000");
+    hurt(&fs, &log, last.log_offset, Damage::Cut);
+    let seen = inspect::verify(&fs, Path::new("/data"), |_| {}).unwrap();
+    let places: Vec<_> = seen.flaws.iter().map(|f| (f.file.clone(), f.at)).collect();
+    assert_eq!(places, [(log, last.log_offset)], "cut where a record begins, nothing looks torn");
+}
