@@ -20,6 +20,7 @@ use store::fs::Fs;
 use store::keys::KeyIndex;
 use store::kv::Kv;
 use store::log::{LogReader, Syncer};
+use tokio::runtime::Handle;
 
 use crate::command::Command;
 use crate::engine_loop::{Effects, EngineLoop, Pending};
@@ -143,7 +144,9 @@ pub fn start(engine_loop: EngineLoop, clock: impl Clock) -> Commands {
     };
     let back = (sender.clone(), Arc::downgrade(&driver));
     let syncing = syncer.clone();
-    let sync = spawn("ferry-sync", Box::new(move || sync((&syncing, &sync_us), &sync_queue, &back)));
+    let tasks = Handle::try_current().ok();
+    let sync = move || sync((&syncing, &sync_us), &sync_queue, tasks.as_ref(), &back);
+    let sync = spawn("ferry-sync", Box::new(sync));
     let back = (sender.clone(), Arc::downgrade(&driver));
     let stopping = Arc::new(AtomicBool::new(false));
     let index = KeyThread { keys: keys.clone(), reader: reader.clone(), stopping: stopping.clone() };
@@ -308,20 +311,22 @@ fn timed_sync(syncer: &Syncer, took_us: &AtomicU64) -> Result<u64, StoreError> {
     result
 }
 
-fn sync((syncer, took_us): (&Syncer, &AtomicU64), jobs: &Jobs<SyncJob>, back: &Back) {
+fn sync((syncer, took_us): (&Syncer, &AtomicU64), jobs: &Jobs<SyncJob>, tasks: Option<&Handle>, back: &Back) {
     while let Ok(first) = jobs.recv() {
         let mut waiting: Vec<Pending> = first.into_iter().collect();
         waiting.extend(jobs.try_iter().flatten());
         let result = timed_sync(syncer, took_us);
-        for pending in waiting {
-            let result = match &result {
-                Ok(flushed) => {
-                    debug_assert!(*flushed >= pending.end);
-                    Ok(())
-                }
-                Err(e) => Err(error::of_store(e)),
-            };
-            pending.replies.into_iter().for_each(|reply| reply.send(result.clone()));
+        let flushed = result.clone().map_err(|e| error::of_store(&e));
+        let answer = move || {
+            for Pending { end, replies } in waiting {
+                debug_assert!(flushed.as_ref().map_or(true, |flushed| *flushed >= end));
+                replies.into_iter().for_each(|reply| reply.send(flushed.clone().map(drop)));
+            }
+        };
+        match tasks {
+            // A task wakes other tasks more cheaply than this thread does, and where they will run.
+            Some(tasks) => drop(tasks.spawn(async move { answer() })),
+            None => answer(),
         }
         if let Ok(flushed) = result {
             report(Command::Flushed(flushed), back);

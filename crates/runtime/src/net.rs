@@ -1,6 +1,7 @@
 //! Sockets. Listeners are bound before anything runs, so that a port in use is an error at the start, and tests
 //! bind port 0. One port takes TLS and plaintext, told apart by the first byte.
 
+use std::cell::Cell;
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
@@ -82,6 +83,11 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Stream for T {}
 enum Io {
     Plain(TcpStream),
     Tls(Box<TlsStream<TcpStream>>),
+}
+
+thread_local! {
+    /// The buffer of the connection that wrote last: thousands that are idle need none.
+    static SPARE: Cell<Option<BytesMut>> = const { Cell::new(None) };
 }
 
 /// An accepted connection. Small writes are gathered: a flush lets the other tasks that are ready run once, so that
@@ -254,6 +260,13 @@ impl Io {
 }
 
 impl Connection {
+    fn gather(&mut self, bufs: &[io::IoSlice<'_>]) {
+        if self.out.capacity() == 0 {
+            self.out = SPARE.take().unwrap_or_default();
+        }
+        bufs.iter().for_each(|b| self.out.extend_from_slice(b));
+    }
+
     /// Hands what was gathered to the socket.
     fn poll_drain(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while !self.out.is_empty() {
@@ -261,6 +274,11 @@ impl Connection {
                 0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
                 n => self.out.advance(n),
             }
+        }
+        if self.out.capacity() > 0 {
+            let mut spare = std::mem::take(&mut self.out);
+            spare.clear();
+            SPARE.set(Some(spare));
         }
         Poll::Ready(Ok(()))
     }
@@ -285,12 +303,12 @@ impl AsyncWrite for Connection {
         let this = self.get_mut();
         let len: usize = bufs.iter().map(|b| b.len()).sum();
         if this.out.len() + len <= GATHER_MAX {
-            bufs.iter().for_each(|b| this.out.extend_from_slice(b));
+            this.gather(bufs);
             return Poll::Ready(Ok(len));
         }
         ready!(this.poll_drain(cx))?;
         if len <= GATHER_MAX {
-            bufs.iter().for_each(|b| this.out.extend_from_slice(b));
+            this.gather(bufs);
             return Poll::Ready(Ok(len));
         }
         // Large bodies are not copied.
