@@ -49,6 +49,51 @@ pub trait Brokers: Clone + Send + Sync + 'static {
         request: DeadLetterRequest,
     ) -> impl Future<Output = Reply<DeadLetterReply>> + Send;
 
+    /// Commits or rolls back; only the first decision counts.
+    fn decide(
+        &self,
+        broker: &str,
+        context: &CallContext,
+        request: DecideRequest,
+    ) -> impl Future<Output = Reply<DecideReply>> + Send;
+
+    /// Takes a scheduled message back: it is delivered or recalled, never both.
+    fn recall(
+        &self,
+        broker: &str,
+        context: &CallContext,
+        request: RecallRequest,
+    ) -> impl Future<Output = Reply<RecallReply>> + Send;
+
+    /// Waits up to `poll_ms` for half messages whose producers are to be asked; an answer counts as a check.
+    fn checks(
+        &self,
+        broker: &str,
+        context: &CallContext,
+        request: ChecksRequest,
+    ) -> impl Future<Output = Reply<ChecksReply>> + Send;
+
+    fn scheduled(
+        &self,
+        broker: &str,
+        context: &CallContext,
+        request: ScheduledRequest,
+    ) -> impl Future<Output = Reply<ScheduledReply>> + Send;
+
+    fn transactions(
+        &self,
+        broker: &str,
+        context: &CallContext,
+        request: TransactionsRequest,
+    ) -> impl Future<Output = Reply<TransactionsReply>> + Send;
+
+    fn reset_group(
+        &self,
+        broker: &str,
+        context: &CallContext,
+        request: ResetGroupRequest,
+    ) -> impl Future<Output = Reply<ResetGroupReply>> + Send;
+
     fn liveness(
         &self,
         broker: &str,
@@ -111,6 +156,12 @@ macro_rules! broker_calls {
             ack(AckRequest) -> AckReply,
             change_invisible(ChangeInvisibleRequest) -> ChangeInvisibleReply,
             dead_letter(DeadLetterRequest) -> DeadLetterReply,
+            decide(DecideRequest) -> DecideReply,
+            recall(RecallRequest) -> RecallReply,
+            checks(ChecksRequest) -> ChecksReply,
+            scheduled(ScheduledRequest) -> ScheduledReply,
+            transactions(TransactionsRequest) -> TransactionsReply,
+            reset_group(ResetGroupRequest) -> ResetGroupReply,
             liveness(LivenessRequest) -> LivenessReply,
             read(ReadRequest) -> ReadReply,
             query(QueryRequest) -> QueryReply,

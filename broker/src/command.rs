@@ -5,8 +5,11 @@ use std::sync::Arc;
 use apis::status::Error;
 use model::{Bound, Group, Receipt, TagFilter, Topic};
 use store::change::Change;
-use store::engine::Stored;
+use store::engine::{Ended, Recall, Stored};
+use store::log::record::Record;
 use store::pop::Standing;
+use store::timer::TimerKey;
+use store::txn::Decision;
 use store::{Engine, NewMessage, Popped};
 use tokio::sync::oneshot;
 
@@ -21,6 +24,8 @@ pub struct PopCommand {
     pub invisible_ms: i64,
     pub client: Arc<str>,
     pub auto_renew: bool,
+    /// Hash of the receive's attempt id, 0 if it has none.
+    pub attempt_id: u64,
     /// Wait for a message if there is none; the caller ends the wait by going away.
     pub wait: bool,
 }
@@ -47,6 +52,22 @@ pub enum Command {
     DeadLetter {
         receipt: Receipt,
         answer: Answer<Standing>,
+    },
+    /// Commits a transaction or rolls it back.
+    Decide {
+        id: u64,
+        decision: Decision,
+        answer: Answer<Ended>,
+    },
+    /// Takes a scheduled message back.
+    Recall {
+        key: TimerKey,
+        answer: Answer<Recall>,
+    },
+    /// Half messages of these topics whose producers are to be asked; waits for one.
+    Checks {
+        topics: Vec<Topic>,
+        answer: Answer<Vec<(u64, Record)>>,
     },
     /// Messages that never reached their consumer.
     Release(Vec<Receipt>),

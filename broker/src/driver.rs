@@ -212,7 +212,8 @@ impl Driver {
     fn sync_here(&self, pending: Pending) {
         let result = timed_sync(&self.syncer, &self.sync_us);
         let flushed = result.clone().map(drop).map_err(|e| error::of_store(&e));
-        pending.replies.into_iter().for_each(|reply| reply.send(flushed.clone()));
+        let unread = pending.replies.into_iter().filter_map(|reply| reply.send(flushed.clone()));
+        unread.for_each(|unread| drop(self.sender.send(unread)));
         if let Ok(flushed) = result {
             let _ = self.sender.send(Command::Flushed(flushed));
         }
@@ -317,10 +318,12 @@ fn sync((syncer, took_us): (&Syncer, &AtomicU64), jobs: &Jobs<SyncJob>, tasks: O
         waiting.extend(jobs.try_iter().flatten());
         let result = timed_sync(syncer, took_us);
         let flushed = result.clone().map_err(|e| error::of_store(&e));
+        let release = back.0.clone();
         let answer = move || {
             for Pending { end, replies } in waiting {
                 debug_assert!(flushed.as_ref().map_or(true, |flushed| *flushed >= end));
-                replies.into_iter().for_each(|reply| reply.send(flushed.clone().map(drop)));
+                let unread = replies.into_iter().filter_map(|reply| reply.send(flushed.clone().map(drop)));
+                unread.for_each(|unread| drop(release.send(unread)));
             }
         };
         match tasks {

@@ -8,6 +8,7 @@ use model::bound::{Bound, Unit};
 use model::{Timestamp, Topic, limits};
 use store::checkpoint::Checkpoint;
 use store::engine::{Committed, PopRequest, Retired, Stored};
+use store::log::record::Record;
 use store::pop::Standing;
 use store::{Engine, FlushMode, Popped, StoreError};
 use tokio::sync::oneshot;
@@ -23,6 +24,12 @@ const CHECKPOINT_MS: i64 = 10_000;
 const CHECKPOINT_MIN_MS: i64 = 50;
 /// In async mode the log is synced this long after a write at the latest.
 const FLUSH_MS: i64 = 500;
+/// While messages wait for their time, the clock is looked at as often.
+const LOOK_MS: i64 = 500;
+/// Between two steps of writing again what waits in the oldest log file.
+const ROLL_MS: i64 = 20;
+/// Half messages of one answer.
+const CHECKS_MAX: usize = 32;
 /// Between two looks at the disk.
 const DISK_MS: i64 = 10_000;
 
@@ -30,22 +37,29 @@ const DISK_MS: i64 = 10_000;
 pub enum Reply {
     Stored(Answer<Vec<Stored>>, Vec<Stored>),
     Settled(Answer<Vec<Standing>>, Vec<Standing>),
-    Changed(Answer<Option<model::Receipt>>, Option<model::Receipt>),
-    Buried(Answer<Standing>, Standing),
-    Meta(Answer<u64>, u64),
-    Done(Answer<()>),
+    Popped(Answer<Vec<Popped>>, Vec<Popped>),
+    /// Whatever comes less often.
+    Other(Box<dyn FnOnce(Result<(), Error>) + Send>),
 }
 
 impl Reply {
-    pub fn send(self, result: Result<(), Error>) {
+    fn other<T: Send + 'static>(answer: Answer<T>, value: T) -> Self {
+        Reply::Other(Box::new(move |result| drop(answer.send(result.map(|()| value)))))
+    }
+
+    /// Gives back what the caller, who has gone away, has not received.
+    #[must_use]
+    pub fn send(self, result: Result<(), Error>) -> Option<Command> {
         match self {
             Reply::Stored(answer, value) => drop(answer.send(result.map(|()| value))),
             Reply::Settled(answer, value) => drop(answer.send(result.map(|()| value))),
-            Reply::Changed(answer, value) => drop(answer.send(result.map(|()| value))),
-            Reply::Buried(answer, value) => drop(answer.send(result.map(|()| value))),
-            Reply::Meta(answer, value) => drop(answer.send(result.map(|()| value))),
-            Reply::Done(answer) => drop(answer.send(result)),
+            Reply::Popped(answer, value) => {
+                let unread = answer.send(result.map(|()| value)).err()?.ok()?;
+                return Some(Command::Release(unread.into_iter().map(|p| p.receipt).collect()));
+            }
+            Reply::Other(send) => send(result),
         }
+        None
     }
 
     /// True if it stands on a change record rather than on a message.
@@ -74,9 +88,17 @@ pub struct Effects {
     pub stopped: bool,
 }
 
+/// A proxy that waits for half messages of its producers' topics.
+struct Asker {
+    topics: Vec<Topic>,
+    answer: Answer<Vec<(u64, Record)>>,
+}
+
 pub struct EngineLoop {
     engine: Engine,
     waiters: Waiters,
+    /// Proxies that can ask producers.
+    askers: Vec<Asker>,
     replies: Vec<Reply>,
     popped: Vec<(PopCommand, Answer<Vec<Popped>>, Vec<Popped>)>,
     /// Topics with messages that are not durable yet, and so not visible (sync mode).
@@ -99,6 +121,7 @@ impl EngineLoop {
         Self {
             engine,
             waiters: Waiters::default(),
+            askers: Vec::new(),
             replies: Vec::new(),
             popped: Vec::new(),
             hidden: VecDeque::new(),
@@ -129,7 +152,10 @@ impl EngineLoop {
         // What is due but cannot be done now (a full disk) is tried again, not spun on.
         let due =
             self.engine.next_due().map(|at| self.expiry_failed.map_or(at, |failed| failed.plus_ms(100)));
-        [flush, checkpoint, due, Some(self.disk_at)].into_iter().flatten().min()
+        let check = self.next_check().map(|at| self.expiry_failed.map_or(at, |failed| failed.plus_ms(100)));
+        // A clock may jump: what waits for a time is looked at again now and then.
+        let look = (self.engine.timers_pending() > 0).then(|| now.plus_ms(LOOK_MS));
+        [flush, checkpoint, due, check, look, Some(self.disk_at)].into_iter().flatten().min()
     }
 
     /// So far that a checkpoint should not wait for its time.
@@ -153,26 +179,39 @@ impl EngineLoop {
             }
             Command::ChangeInvisible { receipt, invisible_ms, answer } => {
                 let changed = self.engine.change_invisible(&receipt, invisible_ms, now);
-                self.stage(answer, changed, Reply::Changed);
+                self.stage(answer, changed, Reply::other);
             }
             Command::DeadLetter { receipt, answer } => {
                 let standing = self.engine.dead_letter(&receipt, now);
-                self.stage(answer, standing, Reply::Buried);
+                self.stage(answer, standing, Reply::other);
+            }
+            Command::Decide { id, decision, answer } => {
+                let ended = self.engine.end_transaction(id, decision, now);
+                self.stage(answer, ended, Reply::other);
+            }
+            Command::Recall { key, answer } => {
+                let recalled = self.engine.recall(key, now);
+                self.stage(answer, recalled, Reply::other);
+            }
+            Command::Checks { topics, answer } => {
+                self.askers.retain(|asker| !asker.answer.is_closed());
+                self.askers.push(Asker { topics, answer });
+                self.ask_producers(now);
             }
             Command::Release(receipts) => self.release(&receipts, now),
             Command::PutMeta { changes, answer } => {
                 changes.into_iter().for_each(|change| self.engine.put_meta(change));
-                self.replies.push(Reply::Meta(answer, self.engine.meta().version()));
+                self.replies.push(Reply::other(answer, self.engine.meta().version()));
             }
             Command::Liveness { alive, gone, answer } => {
                 alive.iter().for_each(|client| self.engine.client_seen(client, now));
                 gone.iter().for_each(|client| self.engine.client_gone(client, now));
-                self.replies.push(Reply::Done(answer));
+                self.replies.push(Reply::other(answer, ()));
             }
             Command::Prune { answer } => {
                 self.disk_at = now;
                 let kept = self.engine.keep_disk(now).map(|retired| self.retired.extend(retired));
-                self.stage(answer, kept, |answer, ()| Reply::Done(answer));
+                self.stage(answer, kept, Reply::other);
             }
             Command::Look(look) => look(&self.engine),
             Command::Bounds(answer) => {
@@ -240,13 +279,7 @@ impl EngineLoop {
     fn check_pop(&self, request: &PopCommand) -> Result<(), Error> {
         let meta = self.engine.meta();
         meta.topic(&request.topic).ok_or_else(|| Error::topic_not_found(&request.topic))?;
-        let group = meta.group(&request.group).ok_or_else(|| Error::group_not_found(&request.group))?;
-        if group.fifo {
-            let what =
-                format!("group {} consumes in order, which this version does not do yet", request.group);
-            return Err(Error::new(apis::v2::Code::NotImplemented, what));
-        }
-        Ok(())
+        meta.group(&request.group).ok_or_else(|| Error::group_not_found(&request.group)).map(drop)
     }
 
     fn pop_now(&mut self, request: &PopCommand, now: Timestamp) -> Result<Vec<Popped>, StoreError> {
@@ -257,14 +290,38 @@ impl EngineLoop {
             max: request.max,
             invisible_ms: request.invisible_ms,
             renewed_for: request.auto_renew.then(|| request.client.clone()),
+            in_order: self.engine.meta().group(&request.group).is_some_and(|g| g.fifo),
+            attempt_id: request.attempt_id,
         };
         self.engine.pop(&request, now)
     }
 
     fn release(&mut self, receipts: &[model::Receipt], now: Timestamp) {
         for receipt in receipts {
-            if let Err(error) = self.engine.change_invisible(receipt, 0, now) {
+            if let Err(error) = self.engine.release(receipt, now) {
                 tracing::warn!(%error, "a message that reached nobody stays invisible for its time");
+            }
+        }
+    }
+
+    /// When a half message is due whose producers somebody here can ask.
+    fn next_check(&self) -> Option<Timestamp> {
+        if self.askers.is_empty() {
+            return None;
+        }
+        self.engine.next_check(|topic| self.askers.iter().any(|asker| asker.topics.contains(topic)))
+    }
+
+    fn ask_producers(&mut self, now: Timestamp) {
+        if self.next_check().is_none_or(|at| at > now) {
+            return;
+        }
+        for Asker { topics, answer } in std::mem::take(&mut self.askers) {
+            match self.engine.checks(&topics, now, CHECKS_MAX) {
+                _ if answer.is_closed() => {}
+                Ok(checks) if checks.is_empty() => self.askers.push(Asker { topics, answer }),
+                Ok(checks) => self.replies.push(Reply::other(answer, checks)),
+                Err(e) => drop(answer.send(Err(error::of_store(&e)))),
             }
         }
     }
@@ -305,6 +362,7 @@ impl EngineLoop {
                 }
             }
         }
+        self.ask_producers(now);
         let mut effects = self.finish(now);
         self.keep_house(now, &mut effects);
         effects
@@ -314,13 +372,13 @@ impl EngineLoop {
     fn commit(&mut self, now: Timestamp, effects: &mut Effects) -> Option<Vec<Topic>> {
         let before = self.engine.end();
         let committed = self.engine.commit(now);
-        let replies = std::mem::take(&mut self.replies);
+        let mut replies = std::mem::take(&mut self.replies);
         let popped = std::mem::take(&mut self.popped);
         let Committed { end, topics, changes } = match committed {
             Ok(committed) => committed,
             Err(e) => {
                 let e = error::of_store(&e);
-                replies.into_iter().for_each(|r| r.send(Err(e.clone())));
+                replies.into_iter().for_each(|r| drop(r.send(Err(e.clone()))));
                 popped.into_iter().for_each(|(_, answer, _)| drop(answer.send(Err(e.clone()))));
                 return None;
             }
@@ -328,13 +386,19 @@ impl EngineLoop {
         if end != before {
             self.dirty_since.get_or_insert(now);
         }
-        self.answer(replies, end, changes, effects);
+        let sync = self.engine.flush_mode() == FlushMode::Sync;
         for (_, answer, popped) in popped {
+            // What is in order must be so even after a power loss.
+            if sync && popped.iter().any(|p| p.attempt.is_some()) {
+                replies.push(Reply::Popped(answer, popped));
+                continue;
+            }
             if let Err(Ok(popped)) = answer.send(Ok(popped)) {
                 let receipts: Vec<_> = popped.into_iter().map(|p| p.receipt).collect();
                 self.release(&receipts, now);
             }
         }
+        self.answer(replies, end, changes, effects, now);
         (!topics.is_empty()).then_some(topics)
     }
 
@@ -344,13 +408,18 @@ impl EngineLoop {
         end: u64,
         changes: Result<(), StoreError>,
         effects: &mut Effects,
+        now: Timestamp,
     ) {
         let mut pending = Vec::new();
         for reply in replies {
             match &changes {
-                Err(e) if reply.needs_changes() => reply.send(Err(error::of_store(e))),
+                Err(e) if reply.needs_changes() => drop(reply.send(Err(error::of_store(e)))),
                 _ if self.engine.flush_mode() == FlushMode::Sync => pending.push(reply),
-                _ => reply.send(Ok(())),
+                _ => {
+                    if let Some(Command::Release(receipts)) = reply.send(Ok(())) {
+                        self.release(&receipts, now);
+                    }
+                }
             }
         }
         if self.engine.flush_mode() == FlushMode::Sync && end > self.engine.syncer().flushed() {
@@ -382,7 +451,8 @@ impl EngineLoop {
 
     fn keep_house(&mut self, now: Timestamp, effects: &mut Effects) {
         if now >= self.disk_at {
-            self.disk_at = now.plus_ms(DISK_MS);
+            let rolling = self.engine.is_rolling();
+            self.disk_at = now.plus_ms(if rolling { ROLL_MS } else { DISK_MS });
             match self.engine.keep_disk(now) {
                 Ok(retired) => self.retired.extend(retired),
                 Err(error) => tracing::warn!(%error, "old messages could not be let go; it is tried again"),

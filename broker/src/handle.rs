@@ -9,20 +9,20 @@ use apis::convert::{address, metadata as wire};
 use apis::internal::*;
 use apis::status::Error;
 use apis::v2::Code;
-use model::receipt::ReceiptError;
-use model::{Bound, Group, Receipt, ReceiptKey, TagFilter, Topic, limits, message};
+use model::{Bound, Group, Receipt, ReceiptKey, Sealed, TagFilter, Timestamp, Topic, hash, limits, message};
 use store::change::Change;
 use store::engine::Stored;
 use store::log::LogReader;
 use store::log::record::Record;
 use store::pop::Standing;
-use store::{Engine, NewMessage, Popped};
+use store::{Engine, Hold, NewMessage, Popped};
 use tokio::sync::{Semaphore, oneshot};
 use tokio::time::Instant;
 
 use crate::command::{Answer, Command, PopCommand};
 use crate::driver::Commands;
 use crate::error;
+use crate::held::Held;
 
 /// Bodies on their way into the log, in KiB.
 const INCOMING_MAX_KIB: usize = 64 * 1024;
@@ -33,13 +33,13 @@ const ANSWER_MAX_BYTES: usize = 32 << 20;
 
 /// A handle on a running broker; cheap to clone.
 #[derive(Clone)]
-pub struct Broker(Arc<Inner>);
+pub struct Broker(pub(crate) Arc<Inner>);
 
-struct Inner {
-    name: String,
+pub(crate) struct Inner {
+    pub(crate) name: String,
     commands: Commands,
-    reader: LogReader,
-    key: ReceiptKey,
+    pub(crate) reader: LogReader,
+    pub(crate) key: ReceiptKey,
     incoming: Arc<Semaphore>,
 }
 
@@ -53,13 +53,20 @@ impl Broker {
         &self.0.name
     }
 
-    async fn ask<T>(&self, command: impl FnOnce(Answer<T>) -> Command) -> Reply<T> {
+    pub(crate) async fn ask<T>(&self, command: impl FnOnce(Answer<T>) -> Command) -> Reply<T> {
         let (answer, reply) = oneshot::channel();
         self.0.commands.bring(command(answer)).await?;
         reply.await.unwrap_or_else(|_| Err(error::stopped()))
     }
 
-    async fn look<T: Send + 'static>(&self, look: impl FnOnce(&Engine) -> T + Send + 'static) -> Reply<T> {
+    pub(crate) async fn bring(&self, command: Command) -> Reply<()> {
+        self.0.commands.bring(command).await
+    }
+
+    pub(crate) async fn look<T: Send + 'static>(
+        &self,
+        look: impl FnOnce(&Engine) -> T + Send + 'static,
+    ) -> Reply<T> {
         let (answer, reply) = oneshot::channel();
         let look = Command::Look(Box::new(move |engine| drop(answer.send(look(engine)))));
         self.0.commands.bring(look).await?;
@@ -80,13 +87,19 @@ impl Broker {
         let bytes: usize = messages.iter().map(|m| m.body.len() + m.properties.len()).sum();
         let kib = (bytes / 1024 + 1).min(INCOMING_MAX_KIB) as u32;
         let _room = self.0.incoming.acquire_many(kib).await.map_err(|_| error::stopped())?;
+        let holds: Vec<Held> = messages.iter().map(|m| self.held(&topic, m)).collect();
         let stored = self.ask(|answer| Command::Append { topic, messages, answer }).await?;
-        let result = |s: Stored| Appended {
-            queue_id: s.queue,
-            queue_offset: s.queue_offset,
-            log_offset: s.log_offset,
+        let result = |(s, held): (Stored, Held)| {
+            let (recall_handle, transaction_id) = held.named(s.log_offset, &self.0.name, &self.0.key);
+            Appended {
+                queue_id: s.queue,
+                queue_offset: s.queue_offset,
+                log_offset: s.log_offset,
+                recall_handle,
+                transaction_id,
+            }
         };
-        Ok(AppendReply { results: stored.into_iter().map(result).collect() })
+        Ok(AppendReply { results: stored.into_iter().zip(holds).map(result).collect() })
     }
 
     pub async fn pop(&self, context: &CallContext, request: PopRequest) -> Reply<PopReply> {
@@ -104,6 +117,10 @@ impl Broker {
             client: context.client_id.as_str().into(),
             auto_renew: request.auto_renew,
             wait: request.poll_ms > 0,
+            attempt_id: match request.attempt_id.as_str() {
+                "" => 0,
+                id => hash::stable_hash(id),
+            },
         };
         loop {
             let popped = self.pop_or_wait(&command, deadline).await?;
@@ -169,7 +186,7 @@ impl Broker {
                         later.push(p.receipt);
                         continue;
                     }
-                    out.push(self.delivered(r, &p.receipt, command.invisible_ms));
+                    out.push(self.delivered(r, &p, command.invisible_ms));
                 }
                 Some(_) => unwanted.push(p.receipt),
                 None => {
@@ -187,11 +204,12 @@ impl Broker {
         Ok(out)
     }
 
-    fn delivered(&self, r: Record, receipt: &Receipt, invisible_ms: i64) -> Delivered {
+    fn delivered(&self, r: Record, popped: &Popped, invisible_ms: i64) -> Delivered {
+        let receipt = &popped.receipt;
         let handle = receipt.encode(&self.0.name, &self.0.key);
         Delivered {
             handle,
-            attempt: r.reconsume_times + 1,
+            attempt: popped.attempt.unwrap_or(r.reconsume_times + 1),
             invisible_ms,
             topic: receipt.topic.as_str().into(),
             ..plain(r)
@@ -201,7 +219,7 @@ impl Broker {
     fn receipt(&self, handle: &str, group: &str, topic: &str) -> Result<Receipt, Error> {
         let invalid = |what: String| Error::new(Code::InvalidReceiptHandle, what);
         let receipt =
-            Receipt::decode(handle, &self.0.key).map_err(|e: ReceiptError| invalid(e.to_string()))?;
+            Receipt::decode(handle, &self.0.key).map_err(|e| invalid(format!("the receipt handle {e}")))?;
         if receipt.group.as_str() != group {
             return Err(invalid(format!(
                 "the receipt handle belongs to group {}, not to {group}",
@@ -323,15 +341,7 @@ impl Broker {
         let queues = self.look(move |engine| engine.queues(&all)).await?;
         let mut out = Vec::new();
         for (queue, bounds) in queues {
-            let (mut low, mut high) = (bounds.min, bounds.max);
-            while low < high {
-                let middle = low.midpoint(high);
-                let early = self.record_at(&topic, queue, middle).await?;
-                match early.is_none_or(|r| r.store_timestamp_ms < from_ms) {
-                    true => low = middle + 1,
-                    false => high = middle,
-                }
-            }
+            let mut low = self.first_at(&topic, queue, (bounds.min, bounds.max), from_ms).await?;
             while low < bounds.max && out.len() < max {
                 match self.record_at(&topic, queue, low).await? {
                     Some(r) if r.store_timestamp_ms > to_ms => break,
@@ -343,7 +353,26 @@ impl Broker {
         Ok(out)
     }
 
-    async fn record_at(&self, topic: &Topic, queue: u32, offset: u64) -> Reply<Option<Record>> {
+    /// Offset of the first message of a queue stored at or after a time.
+    pub(crate) async fn first_at(
+        &self,
+        topic: &Topic,
+        queue: u32,
+        (mut low, mut high): (u64, u64),
+        from_ms: i64,
+    ) -> Reply<u64> {
+        while low < high {
+            let middle = low.midpoint(high);
+            let early = self.record_at(topic, queue, middle).await?;
+            match early.is_none_or(|r| r.store_timestamp_ms < from_ms) {
+                true => low = middle + 1,
+                false => high = middle,
+            }
+        }
+        Ok(low)
+    }
+
+    pub(crate) async fn record_at(&self, topic: &Topic, queue: u32, offset: u64) -> Reply<Option<Record>> {
         let topic = topic.clone();
         let entries = self.look(move |engine| engine.entries(&topic, queue, offset, 1)).await?;
         let entry = entries.map_err(|e| error::of_store(&e))?.into_iter().next().filter(|e| !e.is_hole());
@@ -448,11 +477,16 @@ fn new_message(m: AppendMessage) -> Result<NewMessage, Error> {
         sys_flag: m.sys_flag,
         born_timestamp_ms: m.born_timestamp_ms,
         born_host: address::from_wire(&m.born_host).unwrap_or(unknown),
+        hold: match (m.half, m.deliver_at_ms) {
+            (true, _) => Hold::Half,
+            (false, 0) => Hold::Nothing,
+            (false, at) => Hold::Until(Timestamp(at)),
+        },
     })
 }
 
 /// A stored message without a delivery.
-fn plain(r: Record) -> Delivered {
+pub(crate) fn plain(r: Record) -> Delivered {
     Delivered {
         topic: r.topic.to_string(),
         queue_id: r.queue,

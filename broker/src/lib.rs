@@ -12,6 +12,7 @@ pub mod driver;
 pub mod engine_loop;
 pub mod error;
 pub mod handle;
+mod held;
 pub mod local;
 pub mod node;
 pub mod register;

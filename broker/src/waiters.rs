@@ -105,6 +105,7 @@ mod tests {
             client: Arc::from("c"),
             auto_renew: false,
             wait: true,
+            attempt_id: 0,
         }
     }
 

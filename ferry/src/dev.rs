@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use broker::{BrokerConfig, LocalBrokers, Node};
 use clap::Args;
-use model::SystemClock;
+use model::{SystemClock, limits};
 use namesrv::LocalNameServer;
 use proxy::{Proxy, ProxyConfig};
 use runtime::{net, random, shutdown, telemetry, tls};
@@ -66,7 +66,7 @@ pub async fn run(args: DevArgs) -> anyhow::Result<()> {
         broker::register::run(node.broker().clone(), identity, name_server.clone(), stop.clone());
     let registration = tokio::spawn(registration);
     let tls = Some(tls::self_signed(Some(data))?);
-    let config = ProxyConfig { auto_create: true, tls };
+    let config = ProxyConfig { auto_create: true, delay_max_ms: limits::DELAY_MAX_MS, tls };
     let proxy = Proxy::build(config, brokers, name_server, Arc::new(|_| {}), SystemClock);
     proxy.refresh().await?;
     ready(args.ready_file.as_deref())?;

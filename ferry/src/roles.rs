@@ -9,7 +9,7 @@ use apis::remote::{Dial, RemoteBrokers, RemoteNameServers};
 use apis::status::Error;
 use apis::v2::Code;
 use broker::{BrokerConfig, Node};
-use model::SystemClock;
+use model::{SystemClock, limits};
 use namesrv::LocalNameServer;
 use proxy::{Proxy, ProxyConfig};
 use runtime::{config, net, random, shutdown, telemetry, tls};
@@ -108,13 +108,21 @@ struct ProxyFile {
     listen: SocketAddr,
     namesrv: Vec<String>,
     auto_create: bool,
+    /// How far ahead messages may be scheduled.
+    delay_max_hours: u64,
     tls: TlsFile,
 }
 
 impl Default for ProxyFile {
     fn default() -> Self {
         let namesrv = vec!["127.0.0.1:9876".into()];
-        Self { listen: ([0, 0, 0, 0], 8081).into(), namesrv, auto_create: false, tls: TlsFile::default() }
+        Self {
+            listen: ([0, 0, 0, 0], 8081).into(),
+            namesrv,
+            auto_create: false,
+            delay_max_hours: limits::DELAY_MAX_MS as u64 / 3_600_000,
+            tls: TlsFile::default(),
+        }
     }
 }
 
@@ -225,7 +233,8 @@ pub async fn proxy(args: RoleArgs) -> anyhow::Result<()> {
             tracing::error!(%error, "a broker registered an address that cannot be dialled");
         }
     });
-    let config = ProxyConfig { auto_create: file.auto_create, tls };
+    let delay_max_ms = i64::try_from(file.delay_max_hours).unwrap_or(i64::MAX).saturating_mul(3_600_000);
+    let config = ProxyConfig { auto_create: file.auto_create, delay_max_ms, tls };
     let proxy = Proxy::build(config, brokers, name_servers, on_view, SystemClock);
     if let Err(error) = proxy.refresh().await {
         tracing::warn!(%error, "no name server answers yet");

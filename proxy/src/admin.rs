@@ -11,12 +11,13 @@ use apis::brokers::{Brokers, NameServers};
 use apis::context::CallContext;
 use apis::convert::metadata as wire;
 use apis::internal::{
-    GroupLagRequest as BrokerLagRequest, PutMetadataRequest, QueryRequest, ReadRequest,
-    StoreStateRequest as BrokerStateRequest,
+    DecideRequest, GroupLagRequest as BrokerLagRequest, PutMetadataRequest, QueryRequest, ReadRequest,
+    RecallRequest, ResetGroupRequest as BrokerResetRequest, ScheduledRequest,
+    StoreStateRequest as BrokerStateRequest, TransactionsRequest,
 };
 use apis::status::Error;
 use apis::v2::Code;
-use model::{Group, GroupConfig, Topic, TopicConfig, limits};
+use model::{Group, GroupConfig, RecallHandle, Sealed, Topic, TopicConfig, TransactionId, limits};
 use tokio::sync::mpsc;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -32,6 +33,8 @@ impl<B, N> Clone for Admin<B, N> {
     }
 }
 
+/// Durations of a back-off.
+const BACKOFF_STEPS_MAX: usize = 100;
 /// Between two looks of `tail` at queues that had nothing new.
 const TAIL_PAUSE: Duration = Duration::from_millis(100);
 
@@ -45,6 +48,11 @@ fn topic(name: &str) -> Result<Topic, Error> {
 fn group(name: &str) -> Result<Group, Error> {
     let (namespace, name) = name.split_once('%').unwrap_or(("", name));
     Group::new(namespace, name).map_err(|e| Error::group(&e))
+}
+
+/// A name that may be left out.
+fn optional(name: &str, check: impl Fn(&str) -> Result<String, Error>) -> Result<String, Error> {
+    if name.is_empty() { Ok(String::new()) } else { check(name) }
 }
 
 fn exists(what: &str, name: &str) -> Error {
@@ -142,12 +150,18 @@ impl<B: Brokers, N: NameServers> FerryAdmin for Admin<B, N> {
         let mut config =
             config.ok_or_else(|| Error::new(Code::BadRequest, "the group's record is missing"))?;
         let group = group(&config.name)?;
-        if config.fifo {
-            let what = "groups that consume in order are not part of this version of FerryMQ";
-            return Err(Error::new(Code::NotImplemented, what).into());
-        }
         if config.max_attempts == 0 {
             return Err(Error::new(Code::BadRequest, "a message needs at least one delivery attempt").into());
+        }
+        if let Some(b) = &config.backoff {
+            let steps = b.steps.len() <= BACKOFF_STEPS_MAX && b.steps.iter().all(|ms| *ms >= 0);
+            let grows = b.initial > 0 && b.initial <= b.max && b.multiplier >= 100;
+            if !(steps && (grows || !b.steps.is_empty())) {
+                let what = format!(
+                    "a back-off is 1 to {BACKOFF_STEPS_MAX} durations, or a first one that grows up to a longer one"
+                );
+                return Err(Error::new(Code::BadRequest, what).into());
+            }
         }
         let view = self.0.routes.refresh().await?;
         let known = view.group(&group);
@@ -217,6 +231,86 @@ impl<B: Brokers, N: NameServers> FerryAdmin for Admin<B, N> {
         }
         messages.truncate(r.max_messages.max(1) as usize);
         Ok(Response::new(FindMessagesReply { messages, incomplete }))
+    }
+
+    async fn list_scheduled(
+        &self,
+        r: Request<ListScheduledRequest>,
+    ) -> Result<Response<ListScheduledReply>, Status> {
+        let ListScheduledRequest { topic: name, from_ms, max_messages } = r.into_inner();
+        let name = optional(&name, |name| topic(name).map(|t| t.as_str().to_owned()))?;
+        let view = self.0.routes.refresh().await?;
+        let mut out = ListScheduledReply::default();
+        for broker in view.brokers.keys() {
+            let request = ScheduledRequest { topic: name.clone(), from_ms, from_id: 0, max_messages };
+            let reply = self.0.brokers.scheduled(broker, &CallContext::internal(), request).await?;
+            out.pending += reply.pending;
+            let on = |message| ScheduledOn { broker: broker.clone(), message: Some(message) };
+            out.messages.extend(reply.messages.into_iter().map(on));
+        }
+        out.messages.sort_by_key(|m| m.message.as_ref().map_or(0, |m| m.due_ms));
+        out.messages.truncate(max_messages.max(1) as usize);
+        Ok(Response::new(out))
+    }
+
+    async fn cancel_scheduled(
+        &self,
+        r: Request<CancelScheduledRequest>,
+    ) -> Result<Response<CancelScheduledReply>, Status> {
+        let CancelScheduledRequest { topic: name, recall_handle } = r.into_inner();
+        let name = topic(&name)?;
+        let bad = |what: String| Error::new(Code::BadRequest, what);
+        let broker = self.0.broker_named(RecallHandle::broker_of(&recall_handle), "recall handle", bad)?;
+        let request = RecallRequest { topic: name.as_str().into(), handle: recall_handle };
+        let reply = self.0.brokers.recall(&broker, &CallContext::internal(), request).await?;
+        Ok(Response::new(CancelScheduledReply { message_id: reply.message_id }))
+    }
+
+    async fn list_transactions(
+        &self,
+        r: Request<ListTransactionsRequest>,
+    ) -> Result<Response<ListTransactionsReply>, Status> {
+        let name = optional(&r.into_inner().topic, |name| topic(name).map(|t| t.as_str().to_owned()))?;
+        let view = self.0.routes.refresh().await?;
+        let mut transactions = Vec::new();
+        for broker in view.brokers.keys() {
+            let request = TransactionsRequest { topic: name.clone() };
+            let reply = self.0.brokers.transactions(broker, &CallContext::internal(), request).await?;
+            let on = |transaction| TransactionOn { broker: broker.clone(), transaction: Some(transaction) };
+            transactions.extend(reply.transactions.into_iter().map(on));
+        }
+        Ok(Response::new(ListTransactionsReply { transactions }))
+    }
+
+    async fn resolve_transaction(
+        &self,
+        r: Request<ResolveTransactionRequest>,
+    ) -> Result<Response<ResolveTransactionReply>, Status> {
+        let ResolveTransactionRequest { topic: name, transaction_id, commit } = r.into_inner();
+        let name = topic(&name)?;
+        let invalid = |what: String| Error::new(Code::InvalidTransactionId, what);
+        let named = TransactionId::broker_of(&transaction_id);
+        let broker = self.0.broker_named(named, "transaction id", invalid)?;
+        let request = DecideRequest { topic: name.as_str().into(), transaction_id, commit };
+        self.0.brokers.decide(&broker, &CallContext::internal(), request).await?;
+        Ok(Response::new(ResolveTransactionReply {}))
+    }
+
+    async fn reset_group(&self, r: Request<ResetGroupRequest>) -> Result<Response<ResetGroupReply>, Status> {
+        let ResetGroupRequest { group: name, topic: of, to_ms, dry_run } = r.into_inner();
+        let name = group(&name)?;
+        let of = optional(&of, |name| topic(name).map(|t| t.as_str().to_owned()))?;
+        let view = self.0.routes.refresh().await?;
+        view.group(&name).ok_or_else(|| Error::group_not_found(&name))?;
+        let mut queues = Vec::new();
+        for broker in view.brokers.keys() {
+            let (group, topic) = (name.as_str().into(), of.clone());
+            let request = BrokerResetRequest { group, topic, to_ms, dry_run };
+            let reply = self.0.brokers.reset_group(broker, &CallContext::internal(), request).await?;
+            let on = |queue| ResetOn { broker: broker.clone(), queue: Some(queue) };
+            queues.extend(reply.queues.into_iter().map(on));
+        }
+        Ok(Response::new(ResetGroupReply { queues }))
     }
 
     async fn store_state(&self, r: Request<StoreStateRequest>) -> Result<Response<StoreStateReply>, Status> {

@@ -17,7 +17,7 @@ use tonic::service::Routes as Router;
 
 use crate::admin::Admin;
 use crate::routes::{OnView, Routes};
-use crate::service::{Front, Messaging};
+use crate::service::{Front, Messaging, ask_producers};
 use crate::session::Sessions;
 
 /// Calls in progress get this long when the proxy stops.
@@ -28,6 +28,8 @@ const FORGET: Duration = Duration::from_secs(30);
 pub struct ProxyConfig {
     /// Topics and groups come into being when they are first named.
     pub auto_create: bool,
+    /// How far ahead messages may be scheduled, ms.
+    pub delay_max_ms: i64,
     /// TLS on the same port as plaintext.
     pub tls: Option<Arc<runtime::tls::ServerConfig>>,
 }
@@ -48,6 +50,7 @@ impl<B: Brokers, N: NameServers> Proxy<B, N> {
             sessions: Sessions::default(),
             clock: Arc::new(clock),
             auto_create: config.auto_create,
+            delay_max_ms: config.delay_max_ms,
             draining: CancellationToken::new(),
             turn: AtomicUsize::new(0),
         };
@@ -132,5 +135,6 @@ async fn housekeeping<B: Brokers, N: NameServers>(front: Arc<Front<B, N>>, stop:
     tokio::select! {
         () = front.routes.run(stop.clone()) => {}
         () = forget => {}
+        () = ask_producers(front.clone(), stop.clone()) => {}
     }
 }

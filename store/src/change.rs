@@ -12,6 +12,9 @@ use std::sync::Arc;
 use model::codec::{self, CodecError, Reader};
 use model::{Group, GroupConfig, ReceiptKey, Timestamp, Topic, TopicConfig};
 
+use crate::pop::Lane;
+use crate::timer::TimerKey;
+
 const VERSION: u8 = 1;
 
 /// One group's position on one queue; the topic may be the group's retry topic.
@@ -39,6 +42,19 @@ pub enum Change {
         client: Option<Arc<str>>,
         offsets: Vec<u64>,
     },
+    /// Offsets were handed out in order: each lane's only while it has no others in flight.
+    Ordered {
+        cursor: CursorKey,
+        next: u64,
+        since: Timestamp,
+        visible_at: Timestamp,
+        client: Option<Arc<str>>,
+        /// Hash of the receive's attempt id; 0 if it has none. The same attempt gets the same messages again.
+        attempt_id: u64,
+        taken: Vec<Taken>,
+        /// Looked at, but behind others of their lane: offset and lane.
+        held: Vec<(u64, Lane)>,
+    },
     /// Acknowledged, or moved to the retry or dead-letter topic.
     Done {
         cursor: CursorKey,
@@ -52,11 +68,36 @@ pub enum Change {
         visible_at: Timestamp,
         renewal: bool,
     },
+    /// Messages in order that never reached their consumer: back in their place, the delivery does not count.
+    Unsent {
+        cursor: CursorKey,
+        offsets: Vec<u64>,
+    },
+    /// A scheduled message is not to be delivered.
+    Recalled(TimerKey),
+    /// A producer was asked what became of a transaction; if nothing is heard, another one then.
+    Checked {
+        id: u64,
+        check_at: Timestamp,
+    },
+    RolledBack {
+        id: u64,
+        at: Timestamp,
+    },
     /// The group goes on here; what was in flight is forgotten.
     Seek {
         cursor: CursorKey,
         next: u64,
     },
+}
+
+/// A message handed out in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Taken {
+    pub offset: u64,
+    pub lane: Lane,
+    /// Which delivery this is, counted from 1.
+    pub attempt: u32,
 }
 
 /// Operation tags; persisted: never renumber.
@@ -69,6 +110,11 @@ mod tag {
     pub const DONE: u8 = 8;
     pub const VISIBLE: u8 = 9;
     pub const SEEK: u8 = 10;
+    pub const ORDERED: u8 = 11;
+    pub const UNSENT: u8 = 12;
+    pub const RECALLED: u8 = 13;
+    pub const CHECKED: u8 = 14;
+    pub const ROLLED_BACK: u8 = 15;
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -114,6 +160,8 @@ impl Writer {
         }
         match change {
             Change::Popped { cursor, .. }
+            | Change::Ordered { cursor, .. }
+            | Change::Unsent { cursor, .. }
             | Change::Done { cursor, .. }
             | Change::Visible { cursor, .. }
             | Change::Seek { cursor, .. } => self.select(cursor),
@@ -141,6 +189,25 @@ impl Writer {
                 codec::put_bytes(out, client.as_deref().unwrap_or("").as_bytes());
                 put_offsets(out, offsets);
             }
+            Change::Ordered { next, since, visible_at, client, attempt_id, taken, held, .. } => {
+                out.push(tag::ORDERED);
+                codec::put_u64(out, *next);
+                codec::put_i64(out, since.0);
+                codec::put_i64(out, visible_at.since(*since));
+                codec::put_bytes(out, client.as_deref().unwrap_or("").as_bytes());
+                codec::put_fixed_u64(out, *attempt_id);
+                codec::put_u64(out, taken.len() as u64);
+                for Taken { offset, lane, attempt } in taken {
+                    codec::put_u64(out, *offset);
+                    codec::put_fixed_u64(out, *lane);
+                    codec::put_u64(out, u64::from(*attempt));
+                }
+                codec::put_u64(out, held.len() as u64);
+                for (offset, lane) in held {
+                    codec::put_u64(out, *offset);
+                    codec::put_fixed_u64(out, *lane);
+                }
+            }
             Change::Done { moved, offsets, .. } => {
                 out.push(tag::DONE);
                 out.push(u8::from(*moved));
@@ -151,6 +218,25 @@ impl Writer {
                 out.push(u8::from(*renewal));
                 codec::put_u64(out, *offset);
                 codec::put_i64(out, visible_at.0);
+            }
+            Change::Unsent { offsets, .. } => {
+                out.push(tag::UNSENT);
+                put_offsets(out, offsets);
+            }
+            Change::Recalled(TimerKey { due, id }) => {
+                out.push(tag::RECALLED);
+                codec::put_i64(out, due.0);
+                codec::put_u64(out, *id);
+            }
+            Change::Checked { id, check_at } => {
+                out.push(tag::CHECKED);
+                codec::put_u64(out, *id);
+                codec::put_i64(out, check_at.0);
+            }
+            Change::RolledBack { id, at } => {
+                out.push(tag::ROLLED_BACK);
+                codec::put_u64(out, *id);
+                codec::put_i64(out, at.0);
             }
             Change::Seek { next, .. } => {
                 out.push(tag::SEEK);
@@ -227,6 +313,22 @@ pub fn decode(body: &[u8]) -> Result<Vec<Change>, ChangeError> {
                     offsets: take_offsets(&mut r)?,
                 }
             }
+            tag::ORDERED => {
+                let next = r.u64()?;
+                let since = Timestamp(r.i64()?);
+                let visible_at = since.plus_ms(r.i64()?);
+                let client = Some(r.str()?).filter(|c| !c.is_empty()).map(Arc::from);
+                let attempt_id = r.fixed_u64()?;
+                let (mut taken, mut held) = (Vec::new(), Vec::new());
+                for _ in 0..r.u64()? {
+                    taken.push(Taken { offset: r.u64()?, lane: r.fixed_u64()?, attempt: r.u32()? });
+                }
+                for _ in 0..r.u64()? {
+                    held.push((r.u64()?, r.fixed_u64()?));
+                }
+                let cursor = cursor()?;
+                Change::Ordered { cursor, next, since, visible_at, client, attempt_id, taken, held }
+            }
             tag::DONE => {
                 let moved = r.u8()? != 0;
                 Change::Done { cursor: cursor()?, moved, offsets: take_offsets(&mut r)? }
@@ -235,6 +337,10 @@ pub fn decode(body: &[u8]) -> Result<Vec<Change>, ChangeError> {
                 let (renewal, offset) = (r.u8()? != 0, r.u64()?);
                 Change::Visible { cursor: cursor()?, offset, visible_at: Timestamp(r.i64()?), renewal }
             }
+            tag::UNSENT => Change::Unsent { cursor: cursor()?, offsets: take_offsets(&mut r)? },
+            tag::RECALLED => Change::Recalled(TimerKey { due: Timestamp(r.i64()?), id: r.u64()? }),
+            tag::CHECKED => Change::Checked { id: r.u64()?, check_at: Timestamp(r.i64()?) },
+            tag::ROLLED_BACK => Change::RolledBack { id: r.u64()?, at: Timestamp(r.i64()?) },
             tag::SEEK => Change::Seek { cursor: cursor()?, next: r.u64()? },
             tag => return Err(ChangeError::Operation { tag }),
         });
@@ -280,6 +386,24 @@ mod tests {
                     client: Some(client).filter(|c| !c.is_empty()).map(Arc::from),
                     offsets,
                 }),
+            (cursor.clone(), any::<u64>(), 0i64..1 << 40, any::<u64>(), any::<[u64; 2]>(), 1u32..9).prop_map(
+                |(cursor, next, since, attempt_id, [offset, lane], attempt)| Change::Ordered {
+                    cursor,
+                    next,
+                    since: Timestamp(since),
+                    visible_at: Timestamp(since + 1),
+                    client: None,
+                    attempt_id,
+                    taken: vec![Taken { offset, lane, attempt }],
+                    held: vec![(lane, offset)],
+                }
+            ),
+            (any::<i64>(), any::<u64>())
+                .prop_map(|(due, id)| Change::Recalled(TimerKey { due: Timestamp(due), id })),
+            (any::<i64>(), any::<u64>()).prop_map(|(at, id)| Change::Checked { id, check_at: Timestamp(at) }),
+            (any::<i64>(), any::<u64>()).prop_map(|(at, id)| Change::RolledBack { id, at: Timestamp(at) }),
+            (cursor.clone(), offsets.clone())
+                .prop_map(|(cursor, offsets)| Change::Unsent { cursor, offsets }),
             (cursor.clone(), any::<bool>(), offsets).prop_map(|(cursor, moved, offsets)| Change::Done {
                 cursor,
                 moved,

@@ -3,6 +3,8 @@
 
 use std::sync::Arc;
 
+use model::Timestamp;
+
 use crate::error::{Result, StoreError};
 use crate::keys::KeyIndex;
 use crate::kv::{Batch, Family, Kv};
@@ -16,6 +18,23 @@ const DERIVED: [Family; 5] =
 const QUEUES: &[u8] = b"queue rows";
 /// The offset of the log's end at a clean stop.
 const CLEAN: &[u8] = b"clean";
+
+/// Where the log ended two checkpoints ago, and when that was said: messages since then are remembered.
+const RECENT: &[u8] = b"recent";
+
+pub(crate) fn put_recent(batch: &mut Batch, log_offset: u64, now: Timestamp) {
+    let mut row = log_offset.to_be_bytes().to_vec();
+    row.extend_from_slice(&now.0.to_be_bytes());
+    batch.put(Family::Covered, RECENT, row);
+}
+
+pub(crate) fn load_recent(kv: &dyn Kv) -> Result<Option<(u64, Timestamp)>> {
+    let number = |bytes: &[u8]| Some(u64::from_be_bytes(bytes.try_into().ok()?));
+    Ok(kv.get(Family::Covered, RECENT)?.and_then(|row| {
+        let (offset, at) = row.split_at_checked(8)?;
+        Some((number(offset)?, Timestamp(number(at)? as i64)))
+    }))
+}
 
 /// Derived state as of `covered`, ready to be written.
 pub struct Checkpoint {

@@ -14,7 +14,7 @@ use crate::keys::key_hash;
 use crate::kv::{Batch, Family, Kv, MemKv};
 use crate::log::{LogOptions, segment_path};
 use crate::pop::Standing;
-use crate::{Engine, FlushMode, NewMessage, Options, Popped, RecoveryReport, Retention, StoreError};
+use crate::{Engine, FlushMode, Hold, NewMessage, Options, Popped, RecoveryReport, Retention, StoreError};
 
 const NOW: Timestamp = Timestamp(1_000_000);
 
@@ -72,6 +72,7 @@ fn send(engine: &mut Engine, body: &str, tag: &str) -> Result<u64, StoreError> {
         sys_flag: 0,
         born_timestamp_ms: NOW.0,
         born_host: ([127, 0, 0, 1], 2).into(),
+        hold: Hold::Nothing,
     };
     let stored = engine.append(&topic(), &[message], NOW)?;
     engine.commit(NOW)?;
@@ -88,6 +89,8 @@ fn pop(engine: &mut Engine, filter: &str, now: Timestamp) -> Vec<(String, Popped
         max: 32,
         invisible_ms: 1000,
         renewed_for: None,
+        in_order: false,
+        attempt_id: 0,
     };
     let popped = engine.pop(&request, now).unwrap();
     engine.commit(now).unwrap();
@@ -402,7 +405,7 @@ fn a_folder_of_the_first_format_gets_its_queues_made_again() {
         engine.close(NOW).unwrap();
     }
     let file = disk.fs.open_read(Path::new("/data/format")).unwrap();
-    assert_eq!(crate::fs::read_exact_at(&*file, 10, 0).unwrap(), b"ferrymq 2\n");
+    assert_eq!(crate::fs::read_exact_at(&*file, 10, 0).unwrap(), b"ferrymq 3\n");
 }
 
 #[test]

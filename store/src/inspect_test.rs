@@ -53,6 +53,7 @@ fn filled(sizes: &[usize]) -> (MemFs, MemKv, Vec<String>) {
             sys_flag: 0,
             born_timestamp_ms: NOW.0,
             born_host: ([127, 0, 0, 1], 2).into(),
+            hold: crate::Hold::Nothing,
         };
         engine.append(&topic, &[message], NOW).unwrap();
         engine.commit(NOW).unwrap();

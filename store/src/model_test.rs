@@ -18,7 +18,7 @@ use crate::fs::{Fault, Fs, MemFs};
 use crate::kv::MemKv;
 use crate::log::LogOptions;
 use crate::pop::Standing;
-use crate::{Engine, FlushMode, NewMessage, Options, Popped, StoreError};
+use crate::{Engine, FlushMode, Hold, NewMessage, Options, Popped, StoreError};
 
 const QUEUES: u32 = 2;
 const MAX_ATTEMPTS: u32 = 3;
@@ -164,6 +164,7 @@ impl World {
                         sys_flag: 0,
                         born_timestamp_ms: now,
                         born_host: host,
+                        hold: Hold::Nothing,
                     },
                 )
             })
@@ -216,6 +217,8 @@ impl World {
                 max: max.into(),
                 invisible_ms: INVISIBLE_MS,
                 renewed_for: None,
+                in_order: false,
+                attempt_id: 0,
             };
             let popped = e.pop(&request, now)?;
             e.commit(now)?;

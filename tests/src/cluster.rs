@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use broker::{BrokerConfig, LocalBrokers, Node};
-use model::{Clock, SystemClock};
+use model::{Clock, SystemClock, limits};
 use namesrv::LocalNameServer;
 use proxy::{Proxy, ProxyConfig};
 use store::fs::MemFs;
@@ -46,8 +46,13 @@ impl Served {
         tokio::spawn(broker::register::run(node.broker().clone(), identity, names.clone(), stop.clone()));
         let brokers = LocalBrokers::new([node.broker().clone()]);
         let tls = Some(runtime::tls::self_signed(None).expect("a certificate"));
-        let proxy =
-            Proxy::build(ProxyConfig { auto_create, tls }, brokers, names, Arc::new(|_| {}), SystemClock);
+        let proxy = Proxy::build(
+            ProxyConfig { auto_create, delay_max_ms: limits::DELAY_MAX_MS, tls },
+            brokers,
+            names,
+            Arc::new(|_| {}),
+            SystemClock,
+        );
         proxy.refresh().await.expect("routes");
         let listener = runtime::net::bind(([127, 0, 0, 1], 0).into()).await.expect("a port");
         let port = listener.local_addr().expect("bound").port();

@@ -16,7 +16,7 @@ use apis::v2::messaging_service_server::MessagingService;
 use broker::engine_loop::EngineLoop;
 use broker::{Broker, LocalBrokers};
 use crossbeam_channel::{Receiver, unbounded};
-use model::{Clock, Timestamp};
+use model::{Clock, Timestamp, limits};
 use namesrv::LocalNameServer;
 use parking_lot::Mutex;
 use proxy::service::Messaging;
@@ -127,7 +127,9 @@ async fn drive(
             sleep(Duration::from_millis(random.below(5))).await;
             let result = syncer.sync().map_err(|e| broker::error::of_store(&e));
             for reply in effects.pending.into_iter().flat_map(|p| p.replies) {
-                reply.send(result.clone().map(drop));
+                if let Some(unread) = reply.send(result.clone().map(drop)) {
+                    engine_loop.handle(unread, clock.now());
+                }
             }
             if let Ok(flushed) = result {
                 engine_loop.handle(broker::command::Command::Flushed(flushed), clock.now());
@@ -239,7 +241,7 @@ async fn world(seed: u64) -> Vec<String> {
     let names = LocalNameServer::new(clock.clone());
     let brokers = SimBrokers { machine: machine.clone(), random: random.clone() };
     tokio::task::spawn_local(keep_registered(machine.clone(), names.clone()));
-    let config = ProxyConfig { auto_create: true, tls: None };
+    let config = ProxyConfig { auto_create: true, delay_max_ms: limits::DELAY_MAX_MS, tls: None };
     let proxy = Rc::new(Proxy::build(config, brokers, names, Arc::new(|_| {}), clock.clone()));
     let refreshed = proxy.clone();
     tokio::task::spawn_local(async move {

@@ -83,8 +83,27 @@ impl Suite {
         });
     }
 
+    /// Messages in order, scheduled, recalled and of transactions, with a kill -9 of the server in the middle of each.
+    fn kinds(&self) {
+        let dir = tempfile::tempdir().expect("a folder");
+        let port = free_port();
+        let data = dir.path().join("data");
+        let (port_text, data_text) = (port.to_string(), data.display().to_string());
+        let mut server = Server::start(dir.path(), &["dev", "--data", &data_text, "--port", &port_text]);
+        let (group, endpoint) = (format!("{}-fifo", self.name), format!("127.0.0.1:{port}"));
+        run(&["group", "create", &group, "--order", "fifo", "--endpoint", &endpoint]);
+        self.disturbed("kinds", dir.path(), port, || {
+            server.kill();
+            server.start_again();
+        });
+    }
+
     fn steady(&self, home: &Path, port: u16, disturb: impl FnOnce()) {
-        let mut command = self.command(home, port, "steady");
+        self.disturbed("steady", home, port, disturb);
+    }
+
+    fn disturbed(&self, mode: &str, home: &Path, port: u16, disturb: impl FnOnce()) {
+        let mut command = self.command(home, port, mode);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
         let mut child = command.spawn().expect("the client runs");
         let lines = Lines::of(&mut child);
@@ -151,6 +170,11 @@ macro_rules! suites {
             #[test]
             fn dev_and_kill() {
                 $suite.test();
+            }
+
+            #[test]
+            fn kinds() {
+                $suite.kinds();
             }
 
             #[test]

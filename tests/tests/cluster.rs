@@ -66,6 +66,7 @@ async fn conformance(brokers: impl Brokers) {
             max_attempts: 2,
             version: 1,
             deleted: false,
+            backoff: None,
         }],
     };
     brokers.put_metadata(A, &c, put.clone()).await.unwrap();
@@ -223,6 +224,7 @@ async fn a_broker_that_lacks_a_topic_is_told_of_it() {
             max_attempts: 2,
             version: 1,
             deleted: false,
+            backoff: None,
         }],
     };
     brokers.put_metadata(A, &context(), put.clone()).await.unwrap();

@@ -26,6 +26,13 @@ async fn served() -> (Served, Client) {
         };
         admin.put_topic(PutTopicRequest { topic: Some(topic), create_only: true }).await.expect("created");
     }
+    let mixed = apis::internal::TopicConfig {
+        name: "p-m".into(),
+        queues: 2,
+        types: vec![1, 2, 3, 4],
+        ..Default::default()
+    };
+    admin.put_topic(PutTopicRequest { topic: Some(mixed), create_only: true }).await.expect("created");
     put_group(served.port, "pg").await;
     let client = connect(served.port).await;
     (served, client)
@@ -249,7 +256,14 @@ fn properties(n: usize) -> Edit {
     })
 }
 
-const SOON: prost_types::Timestamp = prost_types::Timestamp { seconds: 4_000_000_000, nanos: 0 };
+fn in_seconds(s: i64) -> prost_types::Timestamp {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    prost_types::Timestamp { seconds: now.as_secs() as i64 + s, nanos: 0 }
+}
+
+fn delayed(s: i64) -> Edit {
+    to("p-d", MessageType::Delay, move |system| system.delivery_timestamp = Some(in_seconds(s)))
+}
 
 fn send_rows() -> Vec<(&'static str, Edit, Code)> {
     use Code::*;
@@ -304,7 +318,7 @@ fn send_rows() -> Vec<(&'static str, Edit, Code)> {
         ),
         (
             "send.delay-to-normal",
-            to("p-n", MessageType::Delay, |s| s.delivery_timestamp = Some(SOON)),
+            to("p-n", MessageType::Delay, |s| s.delivery_timestamp = Some(in_seconds(3600))),
             MessagePropertyConflictWithType,
         ),
         ("send.tx-to-normal", to("p-n", MessageType::Transaction, |_| {}), MessagePropertyConflictWithType),
@@ -316,23 +330,66 @@ fn send_rows() -> Vec<(&'static str, Edit, Code)> {
             "send.fifo-and-delay",
             to("p-f", MessageType::Fifo, |s| {
                 s.message_group = Some("g".into());
-                s.delivery_timestamp = Some(SOON);
+                s.delivery_timestamp = Some(in_seconds(3600));
             }),
             MessagePropertyConflictWithType,
         ),
         ("send.delay-no-timestamp", to("p-d", MessageType::Delay, |_| {}), MessagePropertyConflictWithType),
-        // Kinds that do not work yet say so.
+        ("send.fifo-ok", to("p-f", MessageType::Fifo, |s| s.message_group = Some("g".into())), Ok),
+        ("send.delay-ok", delayed(3600), Ok),
+        ("send.delay-past", delayed(-3600), Ok),
+        ("send.delay-25h", delayed(25 * 3600), Ok),
+        ("send.delay-4d", delayed(4 * 24 * 3600), Ok),
+        ("send.delay (40 days)", delayed(40 * 24 * 3600 - 60), Ok),
+        ("send.delay (over 40 days)", delayed(40 * 24 * 3600 + 60), IllegalDeliveryTime),
         (
-            "send.fifo-ok",
-            to("p-f", MessageType::Fifo, |s| s.message_group = Some("g".into())),
-            NotImplemented,
+            "send.delay (far beyond)",
+            to("p-d", MessageType::Delay, |s| {
+                s.delivery_timestamp = Some(prost_types::Timestamp { seconds: i64::MAX, nanos: i32::MAX })
+            }),
+            IllegalDeliveryTime,
         ),
         (
-            "send.delay-ok",
-            to("p-d", MessageType::Delay, |s| s.delivery_timestamp = Some(SOON)),
-            NotImplemented,
+            "send.fifo-and-delay (mixed topic)",
+            to("p-m", MessageType::Delay, |s| {
+                s.message_group = Some("g".into());
+                s.delivery_timestamp = Some(in_seconds(60));
+            }),
+            MessagePropertyConflictWithType,
         ),
-        ("send.tx-ok", to("p-t", MessageType::Transaction, |_| {}), NotImplemented),
+        (
+            "send.tx-and-fifo",
+            to("p-m", MessageType::Transaction, |s| s.message_group = Some("g".into())),
+            MessagePropertyConflictWithType,
+        ),
+        (
+            "send.tx-and-delay",
+            to("p-t", MessageType::Transaction, |s| s.delivery_timestamp = Some(in_seconds(60))),
+            Ok,
+        ),
+        ("send.tx-ok", to("p-t", MessageType::Transaction, |_| {}), Ok),
+        (
+            "send.tx-recovery-1h",
+            to("p-t", MessageType::Transaction, |s| {
+                s.orphaned_transaction_recovery_duration = Some(seconds(3600))
+            }),
+            Ok,
+        ),
+        (
+            "send.tx-recovery-1h+1s",
+            to("p-t", MessageType::Transaction, |s| {
+                s.orphaned_transaction_recovery_duration = Some(seconds(3601))
+            }),
+            BadRequest,
+        ),
+        ("send.normal-to-mixed", to("p-m", normal, |_| {}), Ok),
+        ("send.fifo-to-mixed", to("p-m", MessageType::Fifo, |s| s.message_group = Some("g".into())), Ok),
+        (
+            "send.delay-to-mixed",
+            to("p-m", MessageType::Delay, |s| s.delivery_timestamp = Some(in_seconds(60))),
+            Ok,
+        ),
+        ("send.tx-to-mixed", to("p-m", MessageType::Transaction, |_| {}), Ok),
         ("send.gzip-flag", system(|s| s.body_encoding = Encoding::Gzip.into()), Ok),
         ("send.crc-wrong", crc("DEADBEEF"), MessageCorrupted),
         ("send.crc-hex", crc("3610A686"), Ok),
@@ -670,8 +727,6 @@ async fn what_is_not_built_says_so() {
     let (_served, mut client) = served().await;
     let c = &mut client;
     let replies = [
-        c.end_transaction(by(CLIENT, EndTransactionRequest::default())).await.unwrap().into_inner().status,
-        c.recall_message(by(CLIENT, RecallMessageRequest::default())).await.unwrap().into_inner().status,
         c.get_offset(by(CLIENT, GetOffsetRequest::default())).await.unwrap().into_inner().status,
         c.update_offset(by(CLIENT, UpdateOffsetRequest::default())).await.unwrap().into_inner().status,
         c.query_offset(by(CLIENT, QueryOffsetRequest::default())).await.unwrap().into_inner().status,
@@ -786,4 +841,211 @@ async fn health_and_reflection() {
         panic!("no list of services")
     };
     assert!(services.service.iter().any(|s| s.name == "apache.rocketmq.v2.MessagingService"));
+}
+
+async fn send_one(client: &mut Client, topic: &str, edit: impl Fn(&mut SystemProperties)) -> SendResultEntry {
+    let mut m = message(topic, b"one");
+    edit(m.system_properties.as_mut().unwrap());
+    let reply =
+        client.send_message(by(CLIENT, SendMessageRequest { messages: vec![m] })).await.unwrap().into_inner();
+    assert_eq!(code(reply.status), Code::Ok);
+    reply.entries.into_iter().next().unwrap()
+}
+
+#[tokio::test]
+async fn end_transaction_rows() {
+    let (_served, mut client) = served().await;
+    let transaction = |s: &mut SystemProperties| s.message_type = MessageType::Transaction.into();
+    let sent = send_one(&mut client, "p-t", transaction).await;
+    let other = send_one(&mut client, "p-t", transaction).await;
+    assert!(!sent.transaction_id.is_empty() && sent.recall_handle.is_empty());
+    assert_ne!(sent.transaction_id, other.transaction_id);
+    let (commit, rollback) = (TransactionResolution::Commit, TransactionResolution::Rollback);
+    let forged = format!("{}x", sent.transaction_id);
+    let rows = [
+        (
+            "tx.unspecified",
+            "p-t",
+            &*sent.transaction_id,
+            TransactionResolution::Unspecified,
+            Code::BadRequest,
+        ),
+        ("tx.no-id", "p-t", "", commit, Code::InvalidTransactionId),
+        ("tx.bad-id", "p-t", "no-such-transaction", commit, Code::InvalidTransactionId),
+        ("tx.bad-id (forged)", "p-t", &*forged, commit, Code::InvalidTransactionId),
+        ("tx.other-topic", "p-m", &*sent.transaction_id, commit, Code::InvalidTransactionId),
+        ("tx.commit", "p-t", &*sent.transaction_id, commit, Code::Ok),
+        ("tx.commit-again", "p-t", &*sent.transaction_id, commit, Code::Ok),
+        ("tx.rollback-after-commit", "p-t", &*sent.transaction_id, rollback, Code::PreconditionFailed),
+        ("tx.rollback", "p-t", &*other.transaction_id, rollback, Code::Ok),
+        ("tx.commit-after-rollback", "p-t", &*other.transaction_id, commit, Code::PreconditionFailed),
+    ];
+    for (row, topic, id, resolution, want) in rows {
+        let request = EndTransactionRequest {
+            topic: name(topic),
+            message_id: sent.message_id.clone(),
+            transaction_id: id.into(),
+            resolution: resolution.into(),
+            source: TransactionSource::SourceClient.into(),
+            trace_context: String::new(),
+        };
+        let reply = client.end_transaction(by(CLIENT, request)).await.unwrap().into_inner();
+        assert_eq!(code(reply.status), want, "{row}");
+    }
+    let got = drain(&mut client, by(CLIENT, receive("p-t", "pg"))).await;
+    assert_eq!((got.code(), got.messages.len()), (Code::Ok, 1), "the committed one alone");
+    let system = got.messages[0].system_properties.as_ref().unwrap();
+    assert_eq!(system.message_type(), MessageType::Normal, "as the reference hands it out");
+    assert!(got.messages[0].user_properties.is_empty(), "{:?}", got.messages[0].user_properties);
+}
+
+#[tokio::test]
+async fn recall_rows() {
+    let (_served, mut client) = served().await;
+    let delay = |s: &mut SystemProperties| {
+        s.message_type = MessageType::Delay.into();
+        s.delivery_timestamp = Some(in_seconds(3600));
+    };
+    let sent = send_one(&mut client, "p-d", delay).await;
+    assert!(!sent.recall_handle.is_empty() && sent.transaction_id.is_empty(), "recall.feed");
+    let late = send_one(&mut client, "p-d", |s| {
+        delay(s);
+        s.delivery_timestamp = Some(in_seconds(1));
+    })
+    .await;
+    let forged = sent.recall_handle.replacen("r1.", "t1.", 1);
+    let recall =
+        |topic: &str, handle: &str| RecallMessageRequest { topic: name(topic), recall_handle: handle.into() };
+    let rows = [
+        ("recall.malformed", "p-d", "no-such-handle", Code::BadRequest),
+        ("recall.malformed (forged)", "p-d", &*forged, Code::BadRequest),
+        ("recall.empty", "p-d", "", Code::BadRequest),
+        ("recall.other-topic", "p-n", &*sent.recall_handle, Code::BadRequest),
+        ("recall.ok", "p-d", &*sent.recall_handle, Code::Ok),
+        ("recall.again", "p-d", &*sent.recall_handle, Code::Ok),
+    ];
+    for (row, topic, handle, want) in rows {
+        let reply = client.recall_message(by(CLIENT, recall(topic, handle))).await.unwrap().into_inner();
+        assert_eq!(code(reply.status), want, "{row}");
+        if want == Code::Ok {
+            assert_eq!(reply.message_id, sent.message_id, "{row}");
+        }
+    }
+    let got = loop {
+        let got = drain(&mut client, by(CLIENT, receive("p-d", "pg"))).await;
+        if !got.messages.is_empty() {
+            break got;
+        }
+    };
+    let system = got.messages[0].system_properties.as_ref().unwrap();
+    assert_eq!(system.message_type(), MessageType::Delay);
+    let (due, at) = (system.delivery_timestamp.unwrap(), system.store_timestamp.unwrap());
+    assert!((at.seconds, at.nanos) >= (due.seconds, due.nanos), "never early: due {due:?}, stored {at:?}");
+    let reply =
+        client.recall_message(by(CLIENT, recall("p-d", &late.recall_handle))).await.unwrap().into_inner();
+    assert_eq!(code(reply.status), Code::PreconditionFailed, "its time has come");
+    let two = vec![message("p-d", b"1"), message("p-d", b"2")];
+    let messages: Vec<Message> = two
+        .into_iter()
+        .map(|mut m| {
+            delay(m.system_properties.as_mut().unwrap());
+            m
+        })
+        .collect();
+    let reply = client.send_message(by(CLIENT, SendMessageRequest { messages })).await.unwrap().into_inner();
+    assert_eq!(code(reply.status), Code::Ok, "send.two-delay");
+    assert!(reply.entries.len() == 2 && reply.entries[0].recall_handle != reply.entries[1].recall_handle);
+}
+
+#[tokio::test]
+async fn an_orphaned_transaction_is_asked_after() {
+    let (_served, mut client) = served().await;
+    let said = settings(Some(ClientType::Producer), publishing("p-t"));
+    let command = TelemetryCommand { status: None, command: Some(Command::Settings(said)) };
+    let commands = tokio_stream::once(command).chain(tokio_stream::pending());
+    let mut stream = client.telemetry(by(CLIENT, commands)).await.unwrap().into_inner();
+    stream.message().await.unwrap().expect("settings");
+    let sent = send_one(&mut client, "p-t", |s| s.message_type = MessageType::Transaction.into()).await;
+    let asked = stream.message().await.unwrap().expect("a command");
+    assert_eq!(code(asked.status), Code::Ok);
+    let Some(Command::RecoverOrphanedTransactionCommand(orphan)) = asked.command else {
+        panic!("something else was asked")
+    };
+    assert_eq!(orphan.transaction_id, sent.transaction_id);
+    let m = orphan.message.unwrap();
+    assert_eq!((m.topic, &m.body[..]), (name("p-t"), &b"one"[..]));
+    let system = m.system_properties.unwrap();
+    assert_eq!(
+        (system.message_id, system.message_type),
+        (sent.message_id.clone(), MessageType::Transaction as i32)
+    );
+    let request = EndTransactionRequest {
+        topic: name("p-t"),
+        message_id: sent.message_id,
+        transaction_id: orphan.transaction_id,
+        resolution: TransactionResolution::Commit.into(),
+        source: TransactionSource::SourceServerCheck.into(),
+        trace_context: String::new(),
+    };
+    assert_eq!(
+        code(client.end_transaction(by(CLIENT, request)).await.unwrap().into_inner().status),
+        Code::Ok
+    );
+    assert_eq!(drain(&mut client, by(CLIENT, receive("p-t", "pg"))).await.messages.len(), 1);
+}
+
+#[tokio::test]
+async fn a_message_group_has_one_queue_and_an_order() {
+    let (served, mut client) = served().await;
+    let config = apis::internal::GroupConfig {
+        name: "pgo".into(),
+        fifo: true,
+        max_attempts: 17,
+        ..Default::default()
+    };
+    let request = apis::admin::PutGroupRequest { group: Some(config), create_only: true };
+    admin(served.port).await.put_group(request).await.expect("created");
+    let answer =
+        telemetry(&mut client, "o", settings(Some(ClientType::PushConsumer), subscription("pgo", "p-f")));
+    let Some(Command::Settings(got)) = answer.await.unwrap().command else { panic!("no settings") };
+    let Some(settings::PubSub::Subscription(subscription)) = &got.pub_sub else { panic!("not a consumer") };
+    assert_eq!(subscription.fifo, Some(true), "telemetry.push-ordered");
+    for i in 0..6 {
+        let mut m = message("p-f", format!("{i}").as_bytes());
+        let system = m.system_properties.as_mut().unwrap();
+        (system.message_type, system.message_group) = (MessageType::Fifo.into(), Some("one".into()));
+        client.send_message(by(CLIENT, SendMessageRequest { messages: vec![m] })).await.unwrap();
+    }
+    let ask = |attempt: &str| {
+        let mut request = receive("p-f", "pgo");
+        (request.batch_size, request.attempt_id) = (2, Some(attempt.into()));
+        let mut request = by("o", request);
+        request.set_timeout(std::time::Duration::from_secs(1));
+        request
+    };
+    let first = drain(&mut client, ask("a")).await;
+    let bodies = |got: &Received| got.messages.iter().map(|m| m.body.to_vec()).collect::<Vec<_>>();
+    assert_eq!(bodies(&first), [b"0", b"1"]);
+    assert_eq!(drain(&mut client, ask("b")).await.messages.len(), 0, "one batch at a time");
+    let again = drain(&mut client, ask("a")).await;
+    assert_eq!(bodies(&again), [b"0", b"1"], "the same attempt, the same batch");
+    let attempt = |m: &Message| m.system_properties.as_ref().unwrap().delivery_attempt;
+    assert!(again.messages.iter().all(|m| attempt(m) == Some(1)));
+    let waiting = tokio::spawn({
+        let mut client = client.clone();
+        let mut request = receive("p-f", "pgo");
+        request.attempt_id = Some("c".into());
+        async move { drain(&mut client, by("o", request)).await }
+    });
+    for m in &again.messages {
+        let entry = AckMessageEntry {
+            message_id: m.system_properties.as_ref().unwrap().message_id.clone(),
+            receipt_handle: m.system_properties.as_ref().unwrap().receipt_handle.clone().unwrap(),
+            lite_topic: None,
+        };
+        let request = AckMessageRequest { group: name("pgo"), topic: name("p-f"), entries: vec![entry] };
+        assert_eq!(code(client.ack_message(by("o", request)).await.unwrap().into_inner().status), Code::Ok);
+    }
+    // The consumer that waits is woken by the acknowledgement.
+    assert_eq!(bodies(&waiting.await.unwrap()), [b"2", b"3", b"4", b"5"]);
 }

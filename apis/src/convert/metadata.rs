@@ -1,6 +1,6 @@
 //! Topic and group records: model to internal wire and back.
 
-use model::{Bound, Group, GroupConfig, MessageType, Topic, TopicConfig, limits};
+use model::{Backoff, Bound, Group, GroupConfig, MessageType, Topic, TopicConfig, limits};
 
 use crate::internal;
 
@@ -33,6 +33,12 @@ pub fn group_to_wire(config: &GroupConfig) -> internal::GroupConfig {
         name: config.group.as_str().into(),
         fifo: config.fifo,
         max_attempts: config.max_attempts,
+        backoff: Some(match &config.backoff {
+            Backoff::Steps(steps) => internal::Backoff { steps: steps.clone(), ..Default::default() },
+            Backoff::Exponential { initial, max, multiplier } => {
+                internal::Backoff { steps: Vec::new(), initial: *initial, max: *max, multiplier: *multiplier }
+            }
+        }),
         version: config.version,
         deleted: config.deleted,
     }
@@ -43,6 +49,13 @@ pub fn group_from_wire(config: &internal::GroupConfig) -> GroupConfig {
         group: Group::stored(&config.name),
         fifo: config.fifo,
         max_attempts: config.max_attempts.max(1),
+        backoff: match &config.backoff {
+            None => Backoff::default(),
+            Some(b) if b.steps.is_empty() => {
+                Backoff::Exponential { initial: b.initial, max: b.max, multiplier: b.multiplier }
+            }
+            Some(b) => Backoff::Steps(b.steps.clone()),
+        },
         version: config.version,
         deleted: config.deleted,
     }

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use bytes::Bytes;
 use model::message::{self, put_property};
-use model::{MessageType, Topic, limits};
+use model::{MessageType, Topic, hash, limits};
 
 use super::address;
 use crate::internal::AppendMessage;
@@ -18,6 +18,8 @@ pub struct Outgoing {
     pub topic: Topic,
     pub message_id: String,
     pub kind: MessageType,
+    /// Hash of the message group: messages of one group have one queue.
+    pub group: Option<u64>,
     pub message: AppendMessage,
 }
 
@@ -35,6 +37,7 @@ pub fn message(
     header_namespace: &str,
     peer: Option<SocketAddr>,
     now_ms: i64,
+    delay_max_ms: i64,
 ) -> Result<Outgoing, Error> {
     let topic = names::topic(m.topic.as_ref(), header_namespace)?;
     if topic.is_retry() || topic.is_dead_letter() {
@@ -52,8 +55,10 @@ pub fn message(
     user_properties(&m.user_properties, &system)?;
     digest(&m.body, system.body_digest.as_ref())?;
     let kind = kind(&system)?;
+    let deliver_at_ms = delivery_time(&system, now_ms, delay_max_ms)?;
+    recovery_time(&system, kind)?;
     let properties = properties(&m.user_properties, &system, kind);
-    if properties.len() + 32 > limits::PROPERTIES_AREA_MAX_BYTES {
+    if properties.len() + SERVER_PROPERTIES_BYTES > limits::PROPERTIES_AREA_MAX_BYTES {
         let what = format!(
             "the properties need {} bytes, at most {}",
             properties.len(),
@@ -72,9 +77,40 @@ pub fn message(
             sys_flag: if compressed { message::FLAG_COMPRESSED } else { 0 },
             born_timestamp_ms: system.born_timestamp.map_or(now_ms, |t| millis(&t)),
             born_host: peer.map(address::to_wire).unwrap_or_default(),
+            deliver_at_ms,
+            half: kind == MessageType::Transaction,
         },
+        group: system.message_group.as_deref().filter(|g| !g.is_empty()).map(hash::stable_hash),
         message_id: system.message_id,
     })
+}
+
+/// Kept free for what the server adds: checksum, where a message that waits is to go, where a retry came from.
+const SERVER_PROPERTIES_BYTES: usize = 1200;
+
+fn delivery_time(system: &v2::SystemProperties, now_ms: i64, delay_max_ms: i64) -> Result<i64, Error> {
+    let Some(at) = system.delivery_timestamp.as_ref().map(millis) else { return Ok(0) };
+    if at.saturating_sub(now_ms) > delay_max_ms {
+        let what = format!(
+            "the delivery timestamp is {} ms ahead, at most {delay_max_ms} ms ({} days) are allowed",
+            at.saturating_sub(now_ms),
+            delay_max_ms / 86_400_000
+        );
+        return err(Code::IllegalDeliveryTime, what);
+    }
+    // The past is at once.
+    Ok(if at > now_ms { at } else { 0 })
+}
+
+fn recovery_time(system: &v2::SystemProperties, kind: MessageType) -> Result<(), Error> {
+    let Some(asked) = &system.orphaned_transaction_recovery_duration else { return Ok(()) };
+    let ms = asked.seconds.saturating_mul(1000).saturating_add(i64::from(asked.nanos) / 1_000_000);
+    if kind == MessageType::Transaction && !(0..=limits::CHECK_IMMUNITY_MAX_MS).contains(&ms) {
+        let max = limits::CHECK_IMMUNITY_MAX_MS;
+        let what = format!("an orphaned transaction recovery duration of {ms} ms; it must be 0 to {max} ms");
+        return err(Code::BadRequest, what);
+    }
+    Ok(())
 }
 
 pub fn millis(t: &prost_types::Timestamp) -> i64 {
@@ -214,6 +250,21 @@ fn kind(system: &v2::SystemProperties) -> Result<MessageType, Error> {
     } else {
         MessageType::Normal
     };
+    let kinds = [
+        ("a message group", group),
+        ("a delivery timestamp", system.delivery_timestamp.is_some()),
+        ("a priority", system.priority.is_some()),
+        ("a lite topic", system.lite_topic.is_some()),
+    ];
+    let has: Vec<&str> = kinds.iter().filter(|(_, is)| *is).map(|(what, _)| *what).collect();
+    let may_have = |what: &str| derived != MessageType::Transaction || what == "a delivery timestamp";
+    if has.len() > 1 || !has.iter().all(|what| may_have(what)) {
+        let and = if derived == MessageType::Transaction { " and a transaction" } else { "" };
+        return err(
+            Code::MessagePropertyConflictWithType,
+            format!("the message has {}{and}; these exclude each other", has.join(" and ")),
+        );
+    }
     match said {
         Some(said) if said != derived => err(
             Code::MessagePropertyConflictWithType,
@@ -244,6 +295,8 @@ fn properties(
     put(message::BORN_TIMESTAMP, born.as_deref());
     let due = system.delivery_timestamp.as_ref().map(|t| millis(t).to_string());
     put(message::TIMER_DELIVER_MS, due.as_deref());
+    let immunity = system.orphaned_transaction_recovery_duration.as_ref().map(|d| d.seconds.to_string());
+    put(message::CHECK_IMMUNITY, immunity.as_deref().filter(|_| kind == MessageType::Transaction));
     put(message::TRAN_MSG, (kind == MessageType::Transaction).then_some("true"));
     for (key, value) in user {
         put_property(&mut out, key, value);

@@ -19,6 +19,10 @@ pub fn put_i64(out: &mut Vec<u8>, value: i64) {
     put_u64(out, ((value << 1) ^ (value >> 63)) as u64);
 }
 
+pub fn put_fixed_u64(out: &mut Vec<u8>, value: u64) {
+    out.extend_from_slice(&value.to_be_bytes());
+}
+
 pub fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
     put_u64(out, bytes.len() as u64);
     out.extend_from_slice(bytes);
@@ -66,6 +70,14 @@ impl<'a> Reader<'a> {
         Err(self.error())
     }
 
+    /// Eight bytes, big-endian: for hashes, which LEB128 makes longer.
+    pub fn fixed_u64(&mut self) -> Result<u64, CodecError> {
+        let error = self.error();
+        let bytes = self.data[self.at..].first_chunk().ok_or(error)?;
+        self.at += bytes.len();
+        Ok(u64::from_be_bytes(*bytes))
+    }
+
     pub fn u32(&mut self) -> Result<u32, CodecError> {
         u32::try_from(self.u64()?).map_err(|_| self.error())
     }
@@ -102,11 +114,14 @@ mod tests {
             put_i64(&mut out, b);
             put_bytes(&mut out, &c);
             put_bytes(&mut out, d.as_bytes());
+            put_fixed_u64(&mut out, a);
             let mut r = Reader::new(&out);
             prop_assert_eq!(r.u64().unwrap(), a);
             prop_assert_eq!(r.i64().unwrap(), b);
             prop_assert_eq!(r.bytes().unwrap(), &c[..]);
             prop_assert_eq!(r.str().unwrap(), d);
+            prop_assert_eq!(r.fixed_u64().unwrap(), a);
+            prop_assert!(r.fixed_u64().is_err());
             prop_assert!(r.is_empty());
         }
 

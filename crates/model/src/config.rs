@@ -68,6 +68,11 @@ impl TopicConfig {
         }
     }
 
+    /// Takes every kind: what a topic is that comes into being when it is first named.
+    pub fn mixed(topic: Topic) -> Self {
+        Self { types: MessageType::MIXED.into(), ..Self::normal(topic) }
+    }
+
     pub fn put(&self, out: &mut Vec<u8>) {
         codec::put_bytes(out, self.topic.as_str().as_bytes());
         codec::put_u64(out, u64::from(self.queues));
@@ -85,19 +90,50 @@ impl TopicConfig {
     }
 }
 
+/// How long a consumer waits before the next delivery of a message it failed to consume, ms.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Backoff {
+    /// One for each delivery; the last one for all after it.
+    Steps(Vec<i64>),
+    /// Grows from delivery to delivery: `multiplier` in hundredths.
+    Exponential { initial: i64, max: i64, multiplier: u64 },
+}
+
+impl Default for Backoff {
+    /// The reference's.
+    fn default() -> Self {
+        const SECONDS: [i64; 18] =
+            [1, 5, 10, 30, 60, 120, 180, 240, 300, 360, 420, 480, 540, 600, 1200, 1800, 3600, 7200];
+        Self::Steps(SECONDS.map(|s| s * 1000).to_vec())
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GroupConfig {
     pub group: Group,
     pub fifo: bool,
     /// Deliveries in all, the first included; after the last the message is a dead letter.
     pub max_attempts: u32,
+    pub backoff: Backoff,
     pub version: u64,
     pub deleted: bool,
 }
 
+/// In the last number of a stored group: it is deleted; its back-off follows.
+const DELETED: u64 = 1;
+const STEPS: u64 = 2;
+const EXPONENTIAL: u64 = 4;
+
 impl GroupConfig {
     pub fn concurrent(group: Group) -> Self {
-        Self { group, fifo: false, max_attempts: limits::ATTEMPTS_DEFAULT, version: 1, deleted: false }
+        Self {
+            group,
+            fifo: false,
+            max_attempts: limits::ATTEMPTS_DEFAULT,
+            backoff: Backoff::default(),
+            version: 1,
+            deleted: false,
+        }
     }
 
     pub fn put(&self, out: &mut Vec<u8>) {
@@ -105,16 +141,34 @@ impl GroupConfig {
         codec::put_u64(out, u64::from(self.fifo));
         codec::put_u64(out, u64::from(self.max_attempts));
         codec::put_u64(out, self.version);
-        codec::put_u64(out, u64::from(self.deleted));
+        let deleted = u64::from(self.deleted) * DELETED;
+        match &self.backoff {
+            backoff if *backoff == Backoff::default() => codec::put_u64(out, deleted),
+            Backoff::Steps(steps) => {
+                codec::put_u64(out, deleted | STEPS);
+                codec::put_u64(out, steps.len() as u64);
+                steps.iter().for_each(|ms| codec::put_i64(out, *ms));
+            }
+            Backoff::Exponential { initial, max, multiplier } => {
+                codec::put_u64(out, deleted | EXPONENTIAL);
+                codec::put_i64(out, *initial);
+                codec::put_i64(out, *max);
+                codec::put_u64(out, *multiplier);
+            }
+        }
     }
 
     pub fn take(r: &mut Reader<'_>) -> Result<Self, CodecError> {
-        Ok(Self {
-            group: Group::stored(r.str()?),
-            fifo: r.u64()? != 0,
-            max_attempts: r.u32()?,
-            version: r.u64()?,
-            deleted: r.u64()? != 0,
-        })
+        let (group, fifo) = (Group::stored(r.str()?), r.u64()? != 0);
+        let (max_attempts, version, flags) = (r.u32()?, r.u64()?, r.u64()?);
+        let backoff = if flags & STEPS != 0 {
+            let count = r.u64()?;
+            Backoff::Steps((0..count).map(|_| r.i64()).collect::<Result<_, _>>()?)
+        } else if flags & EXPONENTIAL != 0 {
+            Backoff::Exponential { initial: r.i64()?, max: r.i64()?, multiplier: r.u64()? }
+        } else {
+            Backoff::default()
+        };
+        Ok(Self { group, fifo, max_attempts, backoff, version, deleted: flags & DELETED != 0 })
     }
 }

@@ -1,4 +1,15 @@
-//! Hashes that must equal the reference's.
+//! Hashes that must equal the reference's, and one of our own that is stored and must never change.
+
+use std::hash::Hasher;
+
+use siphasher::sip::SipHasher24;
+
+/// SipHash-2-4 with an all-zero key, never 0: for message groups, attempt ids and message ids.
+pub fn stable_hash(text: &str) -> u64 {
+    let mut hasher = SipHasher24::new();
+    hasher.write(text.as_bytes());
+    hasher.finish().max(1)
+}
 
 /// Java's `String.hashCode`: over UTF-16 units.
 pub fn java_hash(text: &str) -> i32 {
@@ -24,6 +35,12 @@ pub fn tag_code(tag: Option<&str>) -> i64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn never_changes() {
+        assert_eq!(stable_hash(""), 0x1e92_4b9d_7377_00d7);
+        assert_eq!(stable_hash("order-42"), stable_hash(&String::from("order-42")));
+    }
 
     #[test]
     fn equals_java() {

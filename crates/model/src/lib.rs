@@ -10,11 +10,13 @@ pub mod limits;
 pub mod message;
 pub mod name;
 pub mod receipt;
+pub mod seal;
 pub mod time;
 
 pub use bound::Bound;
-pub use config::{GroupConfig, MessageType, TopicConfig};
+pub use config::{Backoff, GroupConfig, MessageType, TopicConfig};
 pub use filter::TagFilter;
 pub use name::{Group, NameError, Topic};
-pub use receipt::{Receipt, ReceiptKey};
+pub use receipt::Receipt;
+pub use seal::{RecallHandle, ReceiptKey, Sealed, TransactionId};
 pub use time::{Clock, ManualClock, SystemClock, Timestamp};

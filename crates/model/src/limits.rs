@@ -28,6 +28,11 @@ pub const CLIENT_EXPIRY_MS: i64 = 120_000;
 /// A client's messages become visible this long after it said good-bye.
 pub const INVISIBLE_AFTER_GOODBYE_MS: i64 = 1_000;
 
+/// How far ahead a message can be scheduled: 40 days.
+pub const DELAY_MAX_MS: i64 = 40 * 24 * 3_600_000;
+/// How long a producer may keep a transaction from being asked after.
+pub const CHECK_IMMUNITY_MAX_MS: i64 = 3_600_000;
+
 pub const POLL_MIN_MS: i64 = 5_000;
 pub const POLL_MAX_MS: i64 = 20_000;
 /// Kept back from the call's deadline, so that the answer still arrives.

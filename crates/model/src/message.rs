@@ -19,11 +19,22 @@ pub const DLQ_ORIGIN_MESSAGE_ID: &str = "DLQ_ORIGIN_MESSAGE_ID";
 /// On a retry or a dead letter: the place it was moved from, `topic queue offset`. It settles that place.
 pub const MOVED_FROM: &str = "FERRY_MOVED_FROM";
 
+/// Of a message that waits (a scheduled one, a half message): where it is to go.
+pub const REAL_TOPIC: &str = "REAL_TOPIC";
+pub const REAL_QUEUE: &str = "REAL_QID";
+/// Seconds before a transaction is asked after.
+pub const CHECK_IMMUNITY: &str = "CHECK_IMMUNITY_TIME_IN_SECONDS";
+/// On a record that waits and was written again: its id, the log offset it had first.
+pub const HELD_ID: &str = "FERRY_HELD_ID";
+/// On a message that has waited: what it was, `timer DUE ID` or `transaction ID`. It settles that.
+pub const RELEASED: &str = "FERRY_RELEASED";
+
 /// The body is compressed.
 pub const FLAG_COMPRESSED: u32 = 1;
 /// Where in a transaction it is: 0 not at all, prepared, committed, all bits rolled back.
 pub const FLAG_TRANSACTION: u32 = 3 << 2;
 pub const FLAG_PREPARED: u32 = 1 << 2;
+pub const FLAG_COMMITTED: u32 = 2 << 2;
 /// The born host is 20 bytes (IPv6).
 pub const FLAG_BORN_HOST_V6: u32 = 1 << 4;
 pub const FLAG_STORE_HOST_V6: u32 = 1 << 5;
@@ -83,6 +94,8 @@ const RESERVED: &[&str] = &[
     "_SYS_MSG_PRIORITY_",
     "__LITE_TOPIC",
     MOVED_FROM,
+    HELD_ID,
+    RELEASED,
 ];
 
 pub fn is_reserved(key: &str) -> bool {

@@ -13,6 +13,10 @@ pub const DLQ_PREFIX: &str = "%DLQ%";
 pub const SYSTEM_PREFIX: &str = "rmq_sys_";
 /// The reserved topic whose records are the server's own change records.
 pub const CHANGES_TOPIC: &str = "rmq_sys_ferry_changes";
+/// Messages that wait for their time, with their topic and queue in properties. No queue has them.
+pub const TIMER_TOPIC: &str = "rmq_sys_ferry_timer";
+/// Half messages, likewise.
+pub const HALF_TOPIC: &str = "rmq_sys_ferry_half";
 
 pub const SYSTEM_TOPICS: [&str; 10] = [
     "TBW102",

@@ -1,35 +1,14 @@
-//! Receipt handles: self-contained, versioned, authenticated. A proxy reads only the routing part; the broker
-//! checks the rest with a key that lives in the replica set's log, so any proxy and any later leader accept them.
+//! Receipt handles: which delivery of which message ([`Sealed`] says how they are written).
 //!
 //! ```text
-//! "1." broker-name "." url-safe base64 of:
-//!   topic kind (0 the topic itself, 1 the group's retry topic)
-//!   group, topic, queue id, queue offset, log offset, handed out at, invisible until (ms)    LEB128 fields
-//!   MAC (16 bytes): SipHash-2-4-128 of version, broker name and the fields
+//! topic kind (0 the topic itself, 1 the group's retry topic)
+//! group, topic, queue id, queue offset, log offset, handed out at, invisible until (ms)    LEB128 fields
 //! ```
 //! The time in it never decides whether a message is still invisible: the broker's row does.
 
-use std::hash::Hasher;
-
-use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use siphasher::sip128::{Hasher128, SipHasher24};
-
-use crate::codec::{self, Reader};
+use crate::codec::{self, CodecError, Reader};
+use crate::seal::Sealed;
 use crate::{Group, Timestamp, Topic};
-
-const VERSION: &str = "1.";
-const MAC_BYTES: usize = 16;
-
-/// The secret of a replica set.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub struct ReceiptKey(pub [u8; 16]);
-
-impl std::fmt::Debug for ReceiptKey {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("ReceiptKey(…)")
-    }
-}
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Receipt {
@@ -45,48 +24,21 @@ pub struct Receipt {
     pub invisible_until: Timestamp,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ReceiptError {
-    #[error("the receipt handle is malformed; use the one that came with the message, unchanged")]
-    Malformed,
-    #[error("the receipt handle was not made by this replica set, or has been altered")]
-    Forged,
-}
+impl Sealed for Receipt {
+    const VERSION: &'static str = "1.";
 
-impl Receipt {
-    pub fn encode(&self, broker: &str, key: &ReceiptKey) -> String {
-        let mut data = Vec::with_capacity(64 + self.topic.as_str().len());
-        data.push(u8::from(self.from_retry));
-        codec::put_bytes(&mut data, self.group.as_str().as_bytes());
-        codec::put_bytes(&mut data, self.topic.as_str().as_bytes());
-        codec::put_u64(&mut data, u64::from(self.queue));
-        codec::put_u64(&mut data, self.offset);
-        codec::put_u64(&mut data, self.log_offset);
-        codec::put_i64(&mut data, self.popped_at.0);
-        codec::put_i64(&mut data, self.invisible_until.0);
-        let mac = mac(broker, &data, key);
-        data.extend_from_slice(&mac);
-        let mut text = String::with_capacity(3 + broker.len() + data.len() * 4 / 3 + 4);
-        text.push_str(VERSION);
-        text.push_str(broker);
-        text.push('.');
-        URL_SAFE_NO_PAD.encode_string(&data, &mut text);
-        text
+    fn put(&self, out: &mut Vec<u8>) {
+        out.push(u8::from(self.from_retry));
+        codec::put_bytes(out, self.group.as_str().as_bytes());
+        codec::put_bytes(out, self.topic.as_str().as_bytes());
+        codec::put_u64(out, u64::from(self.queue));
+        codec::put_u64(out, self.offset);
+        codec::put_u64(out, self.log_offset);
+        codec::put_i64(out, self.popped_at.0);
+        codec::put_i64(out, self.invisible_until.0);
     }
 
-    pub fn decode(text: &str, key: &ReceiptKey) -> Result<Self, ReceiptError> {
-        let (broker, encoded) = split(text).ok_or(ReceiptError::Malformed)?;
-        let data = URL_SAFE_NO_PAD.decode(encoded).map_err(|_| ReceiptError::Malformed)?;
-        let at = data.len().checked_sub(MAC_BYTES).ok_or(ReceiptError::Malformed)?;
-        let (fields, given) = data.split_at(at);
-        let wrong = mac(broker, fields, key).iter().zip(given).fold(0, |acc, (a, b)| acc | (a ^ b));
-        if wrong != 0 {
-            return Err(ReceiptError::Forged);
-        }
-        Self::take(&mut Reader::new(fields)).map_err(|_| ReceiptError::Malformed)
-    }
-
-    fn take(r: &mut Reader<'_>) -> Result<Self, codec::CodecError> {
+    fn take(r: &mut Reader<'_>) -> Result<Self, CodecError> {
         let from_retry = r.u8()? == 1;
         Ok(Self {
             from_retry,
@@ -101,28 +53,12 @@ impl Receipt {
     }
 }
 
-/// The broker (replica set) that a handle belongs to: all that a proxy may read of it.
-pub fn broker_of(handle: &str) -> Option<&str> {
-    split(handle).map(|(broker, _)| broker)
-}
-
-fn split(text: &str) -> Option<(&str, &str)> {
-    text.strip_prefix(VERSION)?.rsplit_once('.').filter(|(broker, _)| !broker.is_empty())
-}
-
-fn mac(broker: &str, fields: &[u8], key: &ReceiptKey) -> [u8; MAC_BYTES] {
-    let mut hasher = SipHasher24::new_with_key(&key.0);
-    hasher.write(VERSION.as_bytes());
-    hasher.write(&(broker.len() as u64).to_le_bytes());
-    hasher.write(broker.as_bytes());
-    hasher.write(fields);
-    hasher.finish128().as_bytes()
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
+
+    use super::*;
+    use crate::seal::{ReceiptKey, SealError};
 
     fn receipt(queue: u32, offset: u64, from_retry: bool) -> Receipt {
         Receipt {
@@ -141,7 +77,7 @@ mod tests {
         #[test]
         fn round_trip(queue: u32, offset in 0u64..1 << 40, retry: bool, key: [u8; 16]) {
             let text = receipt(queue, offset, retry).encode("broker-a", &ReceiptKey(key));
-            prop_assert_eq!(broker_of(&text), Some("broker-a"));
+            prop_assert_eq!(Receipt::broker_of(&text), Some("broker-a"));
             prop_assert_eq!(Receipt::decode(&text, &ReceiptKey(key)).unwrap(), receipt(queue, offset, retry));
         }
 
@@ -166,6 +102,6 @@ mod tests {
     #[test]
     fn another_key_is_forged() {
         let text = receipt(3, 9, false).encode("b", &ReceiptKey([7; 16]));
-        assert_eq!(Receipt::decode(&text, &ReceiptKey([8; 16])), Err(ReceiptError::Forged));
+        assert_eq!(Receipt::decode(&text, &ReceiptKey([8; 16])), Err(SealError::Forged));
     }
 }

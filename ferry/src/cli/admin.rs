@@ -1,7 +1,7 @@
 //! `ferry topic …` and `ferry group …`.
 
 use apis::admin::*;
-use apis::internal::{GroupConfig, TopicConfig};
+use apis::internal::{Backoff, GroupConfig, TopicConfig};
 use model::MessageType;
 use serde_json::{Value, json};
 
@@ -72,10 +72,35 @@ pub async fn topic(command: TopicCommand) -> anyhow::Result<()> {
     Ok(())
 }
 
-const GROUP_COLUMNS: [&str; 3] = ["GROUP", "ORDER", "MAX ATTEMPTS"];
+const GROUP_COLUMNS: [&str; 4] = ["GROUP", "ORDER", "MAX ATTEMPTS", "BACKOFF"];
 
 fn group_row(g: &GroupConfig) -> Vec<Value> {
-    vec![json!(g.name), json!(if g.fifo { "fifo" } else { "concurrent" }), json!(g.max_attempts)]
+    let order = if g.fifo { "fifo" } else { "concurrent" };
+    vec![json!(g.name), json!(order), json!(g.max_attempts), json!(backoff(g))]
+}
+
+fn backoff(g: &GroupConfig) -> String {
+    let time =
+        |ms: i64| humantime::format_duration(std::time::Duration::from_millis(ms.max(0) as u64)).to_string();
+    match &g.backoff {
+        None => "default".into(),
+        Some(b) if b.steps.is_empty() => {
+            format!("{} to {}, times {}", time(b.initial), time(b.max), b.multiplier as f64 / 100.0)
+        }
+        Some(b) if Backoff::eq(b, &default_backoff()) => "default".into(),
+        Some(b) => b.steps.iter().map(|ms| time(*ms)).collect::<Vec<_>>().join(","),
+    }
+}
+
+fn default_backoff() -> Backoff {
+    let config = model::GroupConfig::concurrent(model::Group::stored(""));
+    apis::convert::metadata::group_to_wire(&config).backoff.unwrap_or_default()
+}
+
+async fn find(admin: &mut client::Admin, group: &str) -> anyhow::Result<GroupConfig> {
+    let reply = admin.list_groups(ListGroupsRequest {}).await.map_err(failed)?.into_inner();
+    let found = reply.groups.into_iter().find(|g| g.name == group);
+    found.ok_or_else(|| anyhow::anyhow!("{}", apis::status::Error::group_not_found(&group)))
 }
 
 pub async fn group(command: GroupCommand) -> anyhow::Result<()> {
@@ -87,6 +112,42 @@ pub async fn group(command: GroupCommand) -> anyhow::Result<()> {
             client::admin(&remote.endpoint).await?.put_group(request).await.map_err(failed)?;
             output::rows(remote.output, &GROUP_COLUMNS, &[group_row(&config)]);
         }
+        GroupCommand::Set { group, order, max_attempts, backoff, exponential, remote } => {
+            let mut admin = client::admin(&remote.endpoint).await?;
+            let mut config = find(&mut admin, &group).await?;
+            config.fifo = order.map_or(config.fifo, |order| order == Order::Fifo);
+            config.max_attempts = max_attempts.unwrap_or(config.max_attempts);
+            if !backoff.is_empty() {
+                config.backoff = Some(Backoff { steps: backoff, ..Default::default() });
+            } else if let [initial, max] = exponential[..] {
+                config.backoff = Some(Backoff { steps: Vec::new(), initial, max, multiplier: 200 });
+            }
+            let request = PutGroupRequest { group: Some(config.clone()), create_only: false };
+            admin.put_group(request).await.map_err(failed)?;
+            output::rows(remote.output, &GROUP_COLUMNS, &[group_row(&config)]);
+        }
+        GroupCommand::Reset { group, to, topic, dry_run, remote } => {
+            let mut admin = client::admin(&remote.endpoint).await?;
+            let request = ResetGroupRequest { group, topic: topic.unwrap_or_default(), to_ms: to, dry_run };
+            let reply = admin.reset_group(request).await.map_err(failed)?.into_inner();
+            let row = |on: &ResetOn| {
+                let q = on.queue.clone().unwrap_or_default();
+                let moved = q.to as i64 - q.from as i64;
+                vec![
+                    json!(q.topic),
+                    json!(on.broker),
+                    json!(q.queue_id),
+                    json!(q.from),
+                    json!(q.to),
+                    json!(moved),
+                ]
+            };
+            let rows: Vec<Vec<Value>> = reply.queues.iter().map(row).collect();
+            output::rows(remote.output, &["TOPIC", "BROKER", "QUEUE", "FROM", "TO", "MOVED"], &rows);
+            if dry_run && remote.output == super::Format::Table {
+                println!("nothing was changed: leave --dry-run out to do it");
+            }
+        }
         GroupCommand::List { remote } => {
             let mut admin = client::admin(&remote.endpoint).await?;
             let reply = admin.list_groups(ListGroupsRequest {}).await.map_err(failed)?.into_inner();
@@ -95,11 +156,8 @@ pub async fn group(command: GroupCommand) -> anyhow::Result<()> {
         }
         GroupCommand::Describe { group, remote } => {
             let mut admin = client::admin(&remote.endpoint).await?;
-            let reply = admin.list_groups(ListGroupsRequest {}).await.map_err(failed)?.into_inner();
-            let found = reply.groups.iter().find(|g| g.name == group);
-            let found =
-                found.ok_or_else(|| anyhow::anyhow!("{}", apis::status::Error::group_not_found(&group)))?;
-            output::rows(remote.output, &GROUP_COLUMNS, &[group_row(found)]);
+            let found = find(&mut admin, &group).await?;
+            output::rows(remote.output, &GROUP_COLUMNS, &[group_row(&found)]);
         }
         GroupCommand::Delete { group, remote } => {
             let request = DeleteGroupRequest { group: group.clone() };

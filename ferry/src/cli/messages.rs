@@ -34,6 +34,7 @@ pub fn message_id(sequence: u64) -> String {
 fn message(args: &SendArgs, body: Bytes, sequence: u64) -> Message {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let due = args.at.or(args.delay.map(|delay| since.as_millis() as i64 + delay));
     Message {
         topic: resource(&args.topic),
         user_properties: args.properties.iter().cloned().collect::<HashMap<_, _>>(),
@@ -42,7 +43,16 @@ fn message(args: &SendArgs, body: Bytes, sequence: u64) -> Message {
             keys: args.keys.clone(),
             message_id: message_id(sequence),
             body_encoding: Encoding::Identity.into(),
-            message_type: MessageType::Normal.into(),
+            message_type: if due.is_some() {
+                MessageType::Delay
+            } else if args.message_group.is_some() {
+                MessageType::Fifo
+            } else {
+                MessageType::Normal
+            }
+            .into(),
+            message_group: args.message_group.clone(),
+            delivery_timestamp: due.map(timestamp),
             born_timestamp: Some(timestamp(since.as_millis() as i64)),
             born_host: host.trim().to_owned(),
             ..Default::default()
@@ -88,6 +98,9 @@ pub async fn send(args: SendArgs) -> anyhow::Result<()> {
     let mut fields = vec![("topic", json!(args.topic)), ("sent", json!(sent))];
     if let Some(entry) = last.filter(|_| sent == 1) {
         fields.extend([("message id", json!(entry.message_id)), ("offset", json!(entry.offset))]);
+        if !entry.recall_handle.is_empty() {
+            fields.push(("recall handle", json!(entry.recall_handle)));
+        }
     }
     output::object(args.remote.output, &fields);
     Ok(())
@@ -102,7 +115,7 @@ async fn deliver(client: &mut Messaging, messages: Vec<Message>) -> anyhow::Resu
 }
 
 /// One message, as people or machines read it.
-fn show(format: Format, broker: &str, m: &Message, receipt: bool) {
+pub fn show(format: Format, broker: &str, m: &Message, receipt: bool) {
     let system = m.system_properties.clone().unwrap_or_default();
     let body = String::from_utf8_lossy(&m.body);
     let place = format!("{broker}/{}/{}", system.queue_id, system.queue_offset.unwrap_or_default());

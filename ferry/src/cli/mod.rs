@@ -4,6 +4,8 @@ mod admin;
 mod bench;
 mod ceiling;
 mod client;
+mod dlq;
+mod held;
 mod messages;
 mod output;
 mod store;
@@ -63,6 +65,15 @@ pub enum Command {
     /// Messages by id, key or time
     #[command(subcommand)]
     Message(MessageCommand),
+    /// Messages that wait for their time
+    #[command(subcommand)]
+    Schedule(ScheduleCommand),
+    /// Transactions that are not decided
+    #[command(subcommand)]
+    Tx(TxCommand),
+    /// Messages that a group could not consume
+    #[command(subcommand)]
+    Dlq(DlqCommand),
     /// What is stored: look at it, verify it, take over Apache RocketMQ's
     #[command(subcommand)]
     Store(store::StoreCommand),
@@ -166,6 +177,37 @@ pub enum GroupCommand {
         #[command(flatten)]
         remote: Remote,
     },
+    /// Change a consumer group; what is not named stays
+    Set {
+        group: String,
+        #[arg(long, value_enum)]
+        order: Option<Order>,
+        #[arg(long)]
+        max_attempts: Option<u32>,
+        /// Wait before each delivery: 1s,5s,30s (the last one for all after it)
+        #[arg(long, value_delimiter = ',', value_parser = duration_ms, conflicts_with = "exponential")]
+        backoff: Vec<i64>,
+        /// Wait from FIRST on, twice as long each time, up to MAX: 5s,2h
+        #[arg(long, value_delimiter = ',', value_parser = duration_ms, num_args = 2, value_names = ["FIRST", "MAX"])]
+        exponential: Vec<i64>,
+        #[command(flatten)]
+        remote: Remote,
+    },
+    /// Let a group go on at a time; what is in flight is forgotten
+    Reset {
+        group: String,
+        /// 2026-11-21T08:00:00Z, or 2h for two hours ago; 0s for now
+        #[arg(long, value_parser = moment)]
+        to: i64,
+        /// Of this topic only
+        #[arg(long)]
+        topic: Option<String>,
+        /// Say what would be done, and do nothing
+        #[arg(long)]
+        dry_run: bool,
+        #[command(flatten)]
+        remote: Remote,
+    },
     /// List consumer groups
     List {
         #[command(flatten)]
@@ -219,6 +261,106 @@ pub enum MessageCommand {
     },
 }
 
+#[derive(Subcommand)]
+pub enum ScheduleCommand {
+    /// What waits for its time, the next one first
+    List {
+        topic: Option<String>,
+        /// Due from then on
+        #[arg(long, value_parser = moment)]
+        from: Option<i64>,
+        /// At most this many
+        #[arg(long, short = 'n', default_value_t = 32)]
+        max: u32,
+        #[command(flatten)]
+        remote: Remote,
+    },
+    /// Take a message back before its time
+    Cancel {
+        topic: String,
+        handle: String,
+        #[command(flatten)]
+        remote: Remote,
+    },
+}
+
+#[derive(Subcommand)]
+pub enum TxCommand {
+    /// Transactions that are not decided; PARKED ones are no longer asked after
+    List {
+        topic: Option<String>,
+        #[command(flatten)]
+        remote: Remote,
+    },
+    /// Show the message of a transaction
+    Show {
+        topic: String,
+        id: String,
+        #[command(flatten)]
+        remote: Remote,
+    },
+    /// Decide instead of the producer
+    Resolve {
+        topic: String,
+        id: String,
+        #[arg(value_enum)]
+        decision: Resolution,
+        #[command(flatten)]
+        remote: Remote,
+    },
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Resolution {
+    Commit,
+    Rollback,
+}
+
+#[derive(Subcommand)]
+pub enum DlqCommand {
+    /// Groups with dead letters
+    List {
+        #[command(flatten)]
+        remote: Remote,
+    },
+    /// A group's dead letters
+    Show {
+        group: String,
+        /// At most this many
+        #[arg(long, short = 'n', default_value_t = 32)]
+        max: u32,
+        #[command(flatten)]
+        remote: Remote,
+    },
+    /// Send a group's dead letters to their topics again, each once; id, keys and tag stay
+    Replay {
+        group: String,
+        /// Messages a second
+        #[arg(long, default_value_t = 100)]
+        rate: u32,
+        /// At most this many
+        #[arg(long, short = 'n', default_value_t = u64::MAX, hide_default_value = true)]
+        max: u64,
+        #[command(flatten)]
+        remote: Remote,
+    },
+}
+
+fn duration_ms(text: &str) -> Result<i64, String> {
+    let what = || format!("{text:?} is not a duration like 500ms, 5s or 2h");
+    let duration = humantime::parse_duration(text).map_err(|_| what())?;
+    i64::try_from(duration.as_millis()).map_err(|_| what())
+}
+
+fn point(text: &str) -> Result<i64, String> {
+    let since = |t: std::time::SystemTime| {
+        t.duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_millis() as i64)
+    };
+    humantime::parse_rfc3339_weak(text)
+        .map(since)
+        .map_err(|_| format!("{text:?} is not a time like 2026-11-21T08:00:00Z"))
+}
+
 /// Milliseconds since 1970 of a point in time, or of a duration before now.
 fn moment(text: &str) -> Result<i64, String> {
     let ms = |t: std::time::SystemTime| {
@@ -244,6 +386,15 @@ pub struct SendArgs {
     /// A user property
     #[arg(long = "property", value_name = "K=V", value_parser = pair)]
     pub properties: Vec<(String, String)>,
+    /// Messages of one message group are in order
+    #[arg(long, conflicts_with_all = ["at", "delay"])]
+    pub message_group: Option<String>,
+    /// Deliver at this time: 2026-11-21T08:00:00Z
+    #[arg(long, value_parser = point)]
+    pub at: Option<i64>,
+    /// Deliver after this time: 10s, 2h
+    #[arg(long = "in", value_parser = duration_ms, conflicts_with = "at")]
+    pub delay: Option<i64>,
     /// One message a line
     #[arg(long, conflicts_with = "body")]
     pub file: Option<PathBuf>,
@@ -303,6 +454,9 @@ pub async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Tail(args) => messages::tail(args).await,
         Command::Receive(args) => messages::receive(args).await,
         Command::Message(command) => messages::message_command(command).await,
+        Command::Schedule(command) => held::schedule(command).await,
+        Command::Tx(command) => held::tx(command).await,
+        Command::Dlq(command) => dlq::run(command).await,
         Command::Store(command) => store::run(command).await,
         Command::Bench(command) => bench::run(command).await,
     }

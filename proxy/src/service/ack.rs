@@ -8,20 +8,30 @@ use apis::internal::{AckRequest, AckResult, ChangeInvisibleRequest, DeadLetterRe
 use apis::names;
 use apis::status::{Error, ok, summary};
 use apis::v2::*;
-use model::{limits, receipt};
+use model::{Receipt, Sealed, limits};
 
 use super::Front;
 use crate::call::Call;
 
-fn malformed() -> Error {
-    let what = "the receipt handle is malformed; use the one that came with the message, unchanged";
-    Error::new(Code::InvalidReceiptHandle, what)
-}
-
 impl<B: Brokers, N: NameServers> Front<B, N> {
     /// The broker that made a handle, if it is known here.
     fn broker_of(&self, handle: &str) -> Result<String, Error> {
-        let broker = receipt::broker_of(handle).ok_or_else(malformed)?;
+        let invalid = |what: String| Error::new(Code::InvalidReceiptHandle, what);
+        self.broker_named(Receipt::broker_of(handle), "receipt handle", invalid)
+    }
+
+    /// The broker that made what a client gives back.
+    pub(crate) fn broker_named(
+        &self,
+        broker: Option<&str>,
+        what: &str,
+        invalid: impl Fn(String) -> Error,
+    ) -> Result<String, Error> {
+        let Some(broker) = broker else {
+            return Err(invalid(format!(
+                "the {what} is malformed; use the one that the server gave, unchanged"
+            )));
+        };
         if self.routes.view().brokers.contains_key(broker) {
             return Ok(broker.to_owned());
         }
@@ -30,9 +40,7 @@ impl<B: Brokers, N: NameServers> Front<B, N> {
             let what = format!("broker {broker:?} is away at the moment; try again");
             return Err(Error::new(Code::HaNotAvailable, what));
         }
-        let what =
-            format!("the receipt handle belongs to broker {broker:?}, which is not part of this cluster");
-        Err(Error::new(Code::InvalidReceiptHandle, what))
+        Err(invalid(format!("the {what} belongs to broker {broker:?}, which is not part of this cluster")))
     }
 
     pub(super) async fn ack(&self, call: Call, r: AckMessageRequest) -> Result<AckMessageResponse, Error> {

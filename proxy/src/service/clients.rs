@@ -15,9 +15,7 @@ use tonic::{Status as GrpcStatus, Streaming};
 
 use super::{Frames, Front};
 use crate::call::Call;
-use crate::session::settings;
-
-type Sender = mpsc::Sender<Result<TelemetryCommand, GrpcStatus>>;
+use crate::session::{CommandSender, settings};
 
 impl<B: Brokers, N: NameServers> Front<B, N> {
     /// Answers at once with the stream: some clients wait for its headers before they write anything.
@@ -29,7 +27,10 @@ impl<B: Brokers, N: NameServers> Front<B, N> {
         let (out, stream) = mpsc::channel(16);
         tokio::spawn(async move {
             match call {
-                Ok(call) => self.converse(&call, inbound, &out).await,
+                Ok(call) => {
+                    self.converse(&call, inbound, &out).await;
+                    self.sessions.hung_up(&call.client_id, &out);
+                }
                 Err(error) => {
                     let command = TelemetryCommand { status: Some(error.status()), command: None };
                     let _ = out.send(Ok(command)).await;
@@ -39,7 +40,7 @@ impl<B: Brokers, N: NameServers> Front<B, N> {
         Box::pin(ReceiverStream::new(stream))
     }
 
-    async fn converse(&self, call: &Call, mut inbound: Streaming<TelemetryCommand>, out: &Sender) {
+    async fn converse(&self, call: &Call, mut inbound: Streaming<TelemetryCommand>, out: &CommandSender) {
         loop {
             let command = tokio::select! {
                 command = inbound.message() => command,
@@ -49,7 +50,7 @@ impl<B: Brokers, N: NameServers> Front<B, N> {
             let Ok(Some(command)) = command else { return };
             // Results of commands that this version does not send are of no use.
             let Some(Command::Settings(settings)) = command.command else { continue };
-            let answer = match self.settle(call, settings).await {
+            let answer = match self.settle(call, settings, out).await {
                 Ok(settings) => {
                     Ok(TelemetryCommand { status: Some(ok()), command: Some(Command::Settings(settings)) })
                 }
@@ -65,7 +66,8 @@ impl<B: Brokers, N: NameServers> Front<B, N> {
         }
     }
 
-    async fn settle(&self, call: &Call, said: Settings) -> Result<Settings, Error> {
+    async fn settle(&self, call: &Call, said: Settings, out: &CommandSender) -> Result<Settings, Error> {
+        let mut publishes = Vec::new();
         let group = match &said.pub_sub {
             None => {
                 let what =
@@ -74,7 +76,7 @@ impl<B: Brokers, N: NameServers> Front<B, N> {
             }
             Some(PubSub::Publishing(publishing)) => {
                 for topic in &publishing.topics {
-                    names::topic(Some(topic), &call.namespace)?;
+                    publishes.push(names::topic(Some(topic), &call.namespace)?);
                 }
                 None
             }
@@ -85,7 +87,7 @@ impl<B: Brokers, N: NameServers> Front<B, N> {
                 Some(names::group(subscription.group.as_ref(), &call.namespace)?)
             }
         };
-        self.sessions.put(&call.client_id, said.clone());
+        self.sessions.put(&call.client_id, said.clone(), publishes, out.clone());
         let config = match &group {
             Some(group) => Some(self.group(group, &call.context()).await?),
             None => None,

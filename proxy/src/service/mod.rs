@@ -2,6 +2,7 @@
 
 mod ack;
 mod clients;
+mod held;
 mod receive;
 mod route;
 mod send;
@@ -24,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
 use tonic::{Request, Response, Status as GrpcStatus, Streaming};
 
+pub(crate) use self::held::ask_producers;
 use crate::call::Call;
 use crate::routes::{Routes, View};
 use crate::session::Sessions;
@@ -36,6 +38,8 @@ pub struct Front<B, N> {
     pub clock: Arc<dyn Clock>,
     /// Topics and groups come into being when they are first named.
     pub auto_create: bool,
+    /// How far ahead messages may be scheduled.
+    pub delay_max_ms: i64,
     pub draining: CancellationToken,
     pub(crate) turn: std::sync::atomic::AtomicUsize,
 }
@@ -55,7 +59,7 @@ impl<B: Brokers, N: NameServers> Front<B, N> {
             return Err(Error::topic_not_found(topic));
         }
         let version = view.topic_record(topic).map_or(0, |t| t.version) + 1;
-        let config = TopicConfig { version, ..TopicConfig::normal(topic.clone()) };
+        let config = TopicConfig { version, ..TopicConfig::mixed(topic.clone()) };
         let request = PutMetadataRequest {
             topics: vec![apis::convert::metadata::topic_to_wire(&config)],
             ..PutMetadataRequest::default()
@@ -258,16 +262,16 @@ impl<B: Brokers, N: NameServers> MessagingService for Messaging<B, N> {
 
     async fn end_transaction(
         &self,
-        _: Request<EndTransactionRequest>,
+        request: Request<EndTransactionRequest>,
     ) -> Result<Response<EndTransactionResponse>, GrpcStatus> {
-        Ok(Response::new(EndTransactionResponse { status: not_yet("EndTransaction") }))
+        answer!(request, EndTransactionResponse, |call, r| self.0.end_transaction(call, r))
     }
 
     async fn recall_message(
         &self,
-        _: Request<RecallMessageRequest>,
+        request: Request<RecallMessageRequest>,
     ) -> Result<Response<RecallMessageResponse>, GrpcStatus> {
-        Ok(Response::new(RecallMessageResponse { status: not_yet("RecallMessage"), ..Default::default() }))
+        answer!(request, RecallMessageResponse, |call, r| self.0.recall(call, r))
     }
 
     async fn sync_lite_subscription(

@@ -161,7 +161,7 @@ fn invisible(duration: Option<&prost_types::Duration>, auto_renew: bool) -> Resu
 
 /// MD5 in upper-case hex is what every client takes. CRC-32 in eight upper-case digits is as good to the clients that
 /// are known to take it, and costs next to nothing; some write it without leading zeros, so that such a sum is MD5.
-fn digest(body: &[u8], language: Language) -> (DigestType, String) {
+pub(super) fn digest(body: &[u8], language: Language) -> (DigestType, String) {
     let takes_crc = matches!(language, Language::Java | Language::Golang | Language::Python | Language::Rust);
     if takes_crc {
         let sum = crc32fast::hash(body);

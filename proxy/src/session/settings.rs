@@ -5,12 +5,9 @@ use apis::convert::receive::duration;
 use apis::v2::retry_policy::Strategy;
 use apis::v2::settings::PubSub;
 use apis::v2::{ClientType, CustomizedBackoff, ExponentialBackoff, Metric, RetryPolicy, Settings};
-use model::{GroupConfig, limits};
+use model::{Backoff, GroupConfig, limits};
 
 const PRODUCER_ATTEMPTS: i32 = 3;
-/// Between the attempts of a consumer, seconds.
-const RETRY_SECONDS: [i64; 18] =
-    [1, 5, 10, 30, 60, 120, 180, 240, 300, 360, 420, 480, 540, 600, 1200, 1800, 3600, 7200];
 const LITE_SUBSCRIPTION_QUOTA: i32 = 2000;
 const LITE_TOPIC_MAX_CHARS: i32 = 64;
 
@@ -34,7 +31,8 @@ pub fn answer(mut settings: Settings, group: Option<&GroupConfig>) -> Settings {
                 subscription.max_lite_topic_size = Some(LITE_TOPIC_MAX_CHARS);
             }
             let attempts = group.map_or(limits::ATTEMPTS_DEFAULT, |g| g.max_attempts);
-            settings.backoff_policy = Some(consumer_backoff(attempts));
+            let backoff = group.map(|g| g.backoff.clone()).unwrap_or_default();
+            settings.backoff_policy = Some(consumer_backoff(attempts, &backoff));
         }
         None => {}
     }
@@ -48,8 +46,18 @@ fn producer_backoff() -> RetryPolicy {
     RetryPolicy { max_attempts: PRODUCER_ATTEMPTS, strategy: Some(Strategy::ExponentialBackoff(backoff)) }
 }
 
-fn consumer_backoff(attempts: u32) -> RetryPolicy {
-    let next = RETRY_SECONDS.map(|s| duration(s * 1000)).to_vec();
-    let strategy = Strategy::CustomizedBackoff(CustomizedBackoff { next });
+fn consumer_backoff(attempts: u32, backoff: &Backoff) -> RetryPolicy {
+    let strategy = match backoff {
+        Backoff::Steps(steps) => Strategy::CustomizedBackoff(CustomizedBackoff {
+            next: steps.iter().map(|ms| duration(*ms)).collect(),
+        }),
+        Backoff::Exponential { initial, max, multiplier } => {
+            Strategy::ExponentialBackoff(ExponentialBackoff {
+                initial: Some(duration(*initial)),
+                max: Some(duration(*max)),
+                multiplier: *multiplier as f32 / 100.0,
+            })
+        }
+    };
     RetryPolicy { max_attempts: attempts as i32, strategy: Some(strategy) }
 }

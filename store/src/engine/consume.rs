@@ -6,7 +6,7 @@ use model::message::{self, put_property};
 use model::name::{DLQ_PREFIX, RETRY_PREFIX};
 use model::{Group, Receipt, TagFilter, Timestamp, Topic, TopicConfig, limits};
 
-use super::{Engine, FlushMode, NewMessage, record_len};
+use super::{Engine, FlushMode, Hold, NewMessage, record_len};
 use crate::change::{Change, CursorKey};
 use crate::error::{Result, StoreError};
 use crate::log::Room;
@@ -32,6 +32,34 @@ pub struct PopRequest<'a> {
     pub invisible_ms: i64,
     /// Set if the broker is to renew the invisible time while this client lives.
     pub renewed_for: Option<Arc<str>>,
+    /// The group consumes in order.
+    pub in_order: bool,
+    /// Hash of the receive's attempt id, 0 if it has none.
+    pub attempt_id: u64,
+}
+
+impl PopRequest<'_> {
+    pub(super) fn popped(
+        &self,
+        topic: &Topic,
+        queue: u32,
+        offset: u64,
+        entry: Entry,
+        since: Timestamp,
+        visible_at: Timestamp,
+    ) -> Popped {
+        let receipt = Receipt {
+            group: self.group.clone(),
+            topic: self.topic.clone(),
+            from_retry: topic != self.topic,
+            queue,
+            offset,
+            log_offset: entry.log_offset,
+            popped_at: since,
+            invisible_until: visible_at,
+        };
+        Popped { log_offset: entry.log_offset, size: entry.size, attempt: None, receipt }
+    }
 }
 
 /// A message that was handed out: where it stands, and its receipt.
@@ -39,6 +67,8 @@ pub struct PopRequest<'a> {
 pub struct Popped {
     pub log_offset: u64,
     pub size: u32,
+    /// Which delivery this is, if the record does not say so: in order, messages are delivered again in place.
+    pub attempt: Option<u32>,
     pub receipt: Receipt,
 }
 
@@ -61,6 +91,10 @@ impl Engine {
         *turn = turn.wrapping_add(1);
         let turn = *turn;
         let mut out = Vec::new();
+        self.pop_attempted(request, now, &mut out)?;
+        if !out.is_empty() {
+            return Ok(out);
+        }
         let retry = Topic::retry(request.group, request.topic);
         let retry_first = turn.is_multiple_of(5);
         if retry_first {
@@ -88,7 +122,11 @@ impl Engine {
                 break;
             }
             let queue = queues[(i + turn as usize) % queues.len()];
-            match self.pop_queue(request, topic, queue, now, out) {
+            let popped = match request.in_order && !topic.is_retry() {
+                true => self.pop_in_order(request, topic, queue, now, out),
+                false => self.pop_queue(request, topic, queue, now, out),
+            };
+            match popped {
                 // Its file is damaged: the others are not held up, and what is in it is not passed over.
                 Err(error @ (StoreError::Io { .. } | StoreError::Damaged { .. })) if queues.len() > 1 => {
                     tracing::error!(%topic, queue, %error, "this queue cannot be read");
@@ -109,15 +147,14 @@ impl Engine {
         out: &mut Vec<Popped>,
     ) -> Result<()> {
         let cursor = CursorKey { group: request.group.clone(), topic: topic.clone(), queue };
+        // The group consumed in order before.
+        self.pop_ready(request, &cursor, now, out)?;
         let bounds = self.index.bounds(topic, queue);
         let start = match self.pop.next(&cursor) {
             Some(next) => next.max(bounds.min),
             None => self.first_offset(topic, queue, bounds)?,
         };
-        let visible_end = match self.options.flush {
-            FlushMode::Async => self.log.end(),
-            FlushMode::Sync => self.log.flushed(),
-        };
+        let visible_end = self.visible_end();
         let want = request.max - out.len();
         let mut next = start;
         let mut offsets = Vec::new();
@@ -141,20 +178,7 @@ impl Engine {
                     continue;
                 }
                 offsets.push(offset);
-                out.push(Popped {
-                    log_offset: entry.log_offset,
-                    size: entry.size,
-                    receipt: Receipt {
-                        group: request.group.clone(),
-                        topic: request.topic.clone(),
-                        from_retry: topic != request.topic,
-                        queue,
-                        offset,
-                        log_offset: entry.log_offset,
-                        popped_at: now,
-                        invisible_until: visible_at,
-                    },
-                });
+                out.push(request.popped(topic, queue, offset, entry, now, visible_at));
             }
         }
         if self.pop.next(&cursor).is_none() {
@@ -167,8 +191,16 @@ impl Engine {
         Ok(())
     }
 
+    /// What lies behind this, a power loss could still take away.
+    pub(super) fn visible_end(&self) -> u64 {
+        match self.options.flush {
+            FlushMode::Async => self.log.end(),
+            FlushMode::Sync => self.log.flushed(),
+        }
+    }
+
     /// Where a group begins that has never read this queue.
-    fn first_offset(&self, topic: &Topic, queue: u32, bounds: Bounds) -> Result<u64> {
+    pub(super) fn first_offset(&self, topic: &Topic, queue: u32, bounds: Bounds) -> Result<u64> {
         if topic.is_retry() {
             return Ok(bounds.min);
         }
@@ -178,7 +210,7 @@ impl Engine {
     }
 
     /// The cursor that a receipt belongs to.
-    fn cursor_of(receipt: &Receipt) -> CursorKey {
+    pub(super) fn cursor_of(receipt: &Receipt) -> CursorKey {
         let topic = match receipt.from_retry {
             true => Topic::retry(&receipt.group, &receipt.topic),
             false => receipt.topic.clone(),
@@ -268,22 +300,32 @@ impl Engine {
     }
 
     pub fn next_due(&self) -> Option<Timestamp> {
-        self.pop.next_due()
+        self.pop.next_due().into_iter().chain(self.next_timer()).min()
     }
 
-    /// Renews, retries or buries what has become due. To be called until it returns false.
+    /// Renews, retries or buries what has become due, and delivers scheduled messages. To be called until it returns
+    /// false.
     pub fn expire(&mut self, now: Timestamp) -> Result<bool> {
         // A copy settles the place it comes from: what is said of that place before it must be in the log before it.
         self.stage_changes(now)?;
         let due = self.pop.due(now, MOVES_PER_GROUP);
-        let more = due.len() == MOVES_PER_GROUP;
+        let mut more = due.len() == MOVES_PER_GROUP;
         for due in due {
             match due {
                 Due::Renew(change) => self.change(change),
                 Due::Move(cursor, offset) => self.move_message(&cursor, offset, None, now)?,
+                Due::Return(cursor, offset, attempt) => match attempt >= self.max_attempts(&cursor.group) {
+                    true => self.move_message(&cursor, offset, Some(Destination::DeadLetter), now)?,
+                    false => self.pop.give_back(&cursor, offset),
+                },
             }
         }
+        more |= self.deliver_due(now)?;
         Ok(more)
+    }
+
+    fn max_attempts(&self, group: &Group) -> u32 {
+        self.meta.group(group).map_or(limits::ATTEMPTS_DEFAULT, |g| g.max_attempts)
     }
 
     fn move_message(
@@ -295,9 +337,7 @@ impl Engine {
     ) -> Result<()> {
         let done = Change::Done { cursor: cursor.clone(), moved: true, offsets: vec![offset] };
         if let Some(record) = self.record(cursor, offset)? {
-            let max_attempts =
-                self.meta.group(&cursor.group).map_or(limits::ATTEMPTS_DEFAULT, |g| g.max_attempts);
-            let last = record.reconsume_times + 1 >= max_attempts;
+            let last = record.reconsume_times + 1 >= self.max_attempts(&cursor.group);
             let to = to.unwrap_or(if last { Destination::DeadLetter } else { Destination::Retry });
             self.copy(cursor, &record, to, now)?;
             // The copy in the log says so itself: moving is one record, not two that a crash could part.
@@ -333,6 +373,7 @@ impl Engine {
                     sys_flag: record.sys_flag,
                     born_timestamp_ms: record.born_timestamp_ms,
                     born_host: record.born_host,
+                    hold: Hold::Nothing,
                 };
                 self.room_for(record_len(&topic, &message, self.options.host) as u64, Room::Messages)?;
                 self.stage(&topic, &message, record.reconsume_times, now);
@@ -342,7 +383,7 @@ impl Engine {
         Ok(adopted)
     }
 
-    fn record(&mut self, cursor: &CursorKey, offset: u64) -> Result<Option<Record>> {
+    pub(super) fn record(&mut self, cursor: &CursorKey, offset: u64) -> Result<Option<Record>> {
         let Some(entry) = self.entry(&cursor.topic, cursor.queue, offset)? else { return Ok(None) };
         match self.reader.read(entry.log_offset, entry.size) {
             Ok(record) => Ok(Some(record)),
@@ -358,7 +399,7 @@ impl Engine {
         let origin = r.property(message::RETRY_TOPIC).unwrap_or(&r.topic).to_owned();
         let mut properties = Vec::with_capacity(r.properties.len() + 64);
         for (key, value) in message::properties(&r.properties) {
-            if !matches!(key, message::CRC | message::RETRY_TOPIC | message::MOVED_FROM) {
+            if !matches!(key, message::CRC | message::RETRY_TOPIC | message::MOVED_FROM | message::RELEASED) {
                 put_property(&mut properties, key, value);
             }
         }
@@ -388,6 +429,7 @@ impl Engine {
             sys_flag: r.sys_flag,
             born_timestamp_ms: r.born_timestamp_ms,
             born_host: r.born_host,
+            hold: Hold::Nothing,
         };
         self.room_for(record_len(&topic, &message, self.options.host) as u64, Room::Messages)?;
         self.stage(&topic, &message, reconsume_times, now);

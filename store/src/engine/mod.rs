@@ -6,7 +6,9 @@
 
 mod bounds;
 mod consume;
+mod hold;
 mod open;
+mod order;
 mod repair;
 mod retain;
 
@@ -20,11 +22,13 @@ use model::message;
 use model::{Group, ReceiptKey, Timestamp, Topic, hash};
 
 pub use self::consume::{NEW_GROUP_BACKLOG_MAX_BYTES, PopRequest, Popped};
+pub use self::hold::{Ended, Hold, Recall};
+use self::hold::{HELD_EXTRA_BYTES, Roll, StagedHeld};
 pub use self::open::{FORMAT, RecoveryReport, claim};
 pub use self::repair::Repaired;
 pub use self::retain::{Retention, Retired, State};
 use crate::change::{Change, CursorKey, Writer};
-use crate::checkpoint::{Checkpoint, Failed, Outcome, Written};
+use crate::checkpoint::{self, Checkpoint, Failed, Outcome, Written};
 use crate::error::{Result, StoreError};
 use crate::fs::{Fs, Space};
 use crate::keys::{self, KeyEntry, KeyIndex};
@@ -34,6 +38,9 @@ use crate::log::{Group as LogGroup, Log, LogOptions, LogReader, Room, Syncer};
 use crate::meta::Meta;
 use crate::pop::{Lag, Pop};
 use crate::queue::{Bounds, Entry, FileQueues, QueueIndex};
+use crate::recent::{Fingerprint, Recent};
+use crate::timer::Timers;
+use crate::txn::Txns;
 
 /// Log written between two syncs of the key index: what a crash makes it read again, in the background.
 const KEYS_SYNC_BYTES: u64 = 1 << 30;
@@ -72,6 +79,8 @@ pub struct NewMessage {
     pub sys_flag: u32,
     pub born_timestamp_ms: i64,
     pub born_host: SocketAddr,
+    /// Whether its queue gets it at once.
+    pub hold: Hold,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,6 +108,7 @@ struct Staged {
     /// The next offset of queues with staged messages, but for the queue of the last one.
     counts: HashMap<(Topic, u32), u64>,
     keys: Vec<KeyEntry>,
+    held: Vec<StagedHeld>,
 }
 
 pub struct Engine {
@@ -112,6 +122,12 @@ pub struct Engine {
     new_keys: Vec<KeyEntry>,
     pop: Pop,
     meta: Meta,
+    timers: Timers,
+    txns: Txns,
+    roll: Option<Roll>,
+    recent: Recent,
+    /// The log's end at the last two checkpoints.
+    checkpoints_at: [u64; 2],
     staged: Staged,
     /// Changes carried out in memory that the log does not hold yet. They stay here until it does: a later change
     /// must never be in the log without the earlier ones.
@@ -205,9 +221,27 @@ impl Engine {
 
     /// Stages messages of one topic: all of them, or none if there is no room.
     pub fn append(&mut self, topic: &Topic, messages: &[NewMessage], now: Timestamp) -> Result<Vec<Stored>> {
-        let bytes: usize = messages.iter().map(|m| record_len(topic, m, self.options.host)).sum();
+        let extra = |m: &NewMessage| if m.hold == Hold::Nothing { 0 } else { HELD_EXTRA_BYTES };
+        let bytes: usize = messages.iter().map(|m| record_len(topic, m, self.options.host) + extra(m)).sum();
         self.room_for(bytes as u64, Room::Messages)?;
-        Ok(messages.iter().map(|m| self.stage(topic, m, 0, now)).collect())
+        Ok(messages.iter().map(|m| self.stage_once(topic, m, now)).collect())
+    }
+
+    /// A message that was sent before is where it is.
+    fn stage_once(&mut self, topic: &Topic, m: &NewMessage, now: Timestamp) -> Stored {
+        let sent = Fingerprint::of(topic.as_str(), &m.properties, m.born_timestamp_ms, &m.body);
+        if let Some(stored) = sent.and_then(|sent| self.recent.find(sent)) {
+            return stored;
+        }
+        let stored = match m.hold {
+            Hold::Nothing => self.stage(topic, m, 0, now),
+            Hold::Until(due) if due <= now => self.stage(topic, m, 0, now),
+            Hold::Until(_) | Hold::Half => self.stage_held(topic, m, now),
+        };
+        if let Some(sent) = sent {
+            self.recent.remember(sent, stored, now);
+        }
+        stored
     }
 
     fn room_for(&mut self, bytes: u64, room: Room) -> Result<()> {
@@ -243,13 +277,7 @@ impl Engine {
                 staged.copied().unwrap_or_else(|| self.index.bounds(topic, m.queue).max)
             }
         };
-        // Store time never goes back, so that a search by time stays a search.
-        self.last_store_ms = self.last_store_ms.max(now.0);
-        let size = record::encoded_len(&new);
-        let group = self.staged.group.get_or_insert_with(|| self.log.group());
-        let log_offset = group.place(size);
-        let place = Place { queue_offset, log_offset, store_timestamp_ms: self.last_store_ms };
-        let size = record::encode(group.buffer(size), &new, place);
+        let (log_offset, size) = self.place(&new, queue_offset, now);
         let tag_code = hash::tag_code(message::property(&m.properties, message::TAGS));
         let entry = Entry { log_offset, size, tag_code };
         let (stored_ms, keys) = (self.last_store_ms, &mut self.staged.keys);
@@ -265,6 +293,17 @@ impl Engine {
         Stored { queue: m.queue, queue_offset, log_offset }
     }
 
+    /// Gives a record its place in the group.
+    fn place(&mut self, new: &NewRecord<'_>, queue_offset: u64, now: Timestamp) -> (u64, u32) {
+        // Store time never goes back, so that a search by time stays a search.
+        self.last_store_ms = self.last_store_ms.max(now.0);
+        let size = record::encoded_len(new);
+        let group = self.staged.group.get_or_insert_with(|| self.log.group());
+        let log_offset = group.place(size);
+        let place = Place { queue_offset, log_offset, store_timestamp_ms: self.last_store_ms };
+        (log_offset, record::encode(group.buffer(size), new, place))
+    }
+
     /// Writes everything staged as one group.
     pub fn commit(&mut self, now: Timestamp) -> Result<Committed> {
         let changes = self.stage_changes(now);
@@ -275,6 +314,7 @@ impl Engine {
             self.log.check()?;
         }
         self.new_keys.extend(staged.keys);
+        self.held_is_in_the_log(staged.held)?;
         let mut topics = Vec::new();
         for (topic, queue, offset, entry) in staged.entries {
             self.index.append(&topic, queue, offset, entry);
@@ -282,6 +322,7 @@ impl Engine {
                 topics.push(topic);
             }
         }
+        topics.extend(self.pop.take_freed());
         topics.sort_unstable();
         topics.dedup();
         Ok(Committed { end: self.log.end(), topics, changes })
@@ -299,6 +340,7 @@ impl Engine {
             sys_flag: 0,
             born_timestamp_ms: now.0,
             born_host: host,
+            hold: Hold::Nothing,
         };
         let topic = self.changes_topic.clone();
         let bytes = record_len(&topic, &message, host) + self.changes.len();
@@ -376,9 +418,13 @@ impl Engine {
         self.log.check()?;
         self.pop.forget_clients(now);
         let mut batch = Batch::default();
+        checkpoint::put_recent(&mut batch, self.checkpoints_at[0], now);
+        self.checkpoints_at = [self.checkpoints_at[1], self.log.end()];
         let queues = self.index.take(&mut batch)?;
         self.meta.checkpoint(&mut batch);
         self.pop.checkpoint(&mut batch);
+        self.timers.checkpoint(&mut batch);
+        self.txns.checkpoint(&mut batch);
         self.keys.stage(&mut self.new_keys, self.log.end());
         let sync_keys = clean || self.log.end() - self.keys_asked > KEYS_SYNC_BYTES;
         if sync_keys {
@@ -392,12 +438,15 @@ impl Engine {
             Ok(Written { covered, queues }) => {
                 self.covered = self.covered.max(covered);
                 self.index.written(queues);
+                self.timers.written();
             }
             Err(failed) => {
                 let Failed { error, checkpoint: failed } = *failed;
                 tracing::warn!(%error, "a checkpoint could not be written; a restart replays more of the log");
                 self.meta.mark_dirty(&failed.batch);
                 self.pop.mark_dirty(&failed.batch);
+                self.timers.give_back();
+                self.txns.mark_dirty(&failed.batch);
                 self.index.give_back(failed.queues, &failed.batch);
                 // A failed sync may have lost pages for good: nothing derived is trusted to the disk any more.
                 self.checkpoints_stopped |= matches!(error, StoreError::Io { .. });

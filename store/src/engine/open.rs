@@ -4,10 +4,10 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use model::message;
-use model::name::{CHANGES_TOPIC, RETRY_PREFIX};
+use model::name::{CHANGES_TOPIC, HALF_TOPIC, RETRY_PREFIX, TIMER_TOPIC};
 use model::{GroupConfig, ReceiptKey, Timestamp, Topic, TopicConfig, hash};
 
-use super::{Engine, Options, Staged, consume};
+use super::{Engine, Options, Staged, Stored, consume};
 use crate::change::{self, Change, Writer};
 use crate::checkpoint;
 use crate::error::{Result, StoreError};
@@ -19,9 +19,12 @@ use crate::log::{Log, Scan};
 use crate::meta::Meta;
 use crate::pop::Pop;
 use crate::queue::{Entry, FileQueues, QueueIndex};
+use crate::recent::{self, Fingerprint, Recent};
+use crate::timer::{Held, Timers};
+use crate::txn::{Decision, Txns};
 
 /// Version of everything under the data folder.
-pub const FORMAT: u32 = 2;
+pub const FORMAT: u32 = 3;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RecoveryReport {
@@ -74,6 +77,21 @@ pub fn claim(fs: &dyn Fs, options: &Options) -> Result<Box<dyn std::any::Any + S
     }
 }
 
+/// How a record would be recognised if it were sent again; nothing if no client has sent it.
+fn sent_as(r: &Record) -> Option<(Fingerprint, Stored, Timestamp)> {
+    let moved = [message::MOVED_FROM, message::RELEASED, message::HELD_ID];
+    if moved.iter().any(|key| r.property(key).is_some()) {
+        return None;
+    }
+    let (topic, queue) = match r.property(message::REAL_TOPIC) {
+        Some(topic) => (topic, r.property(message::REAL_QUEUE)?.parse().ok()?),
+        None => (&*r.topic, r.queue),
+    };
+    let sent = Fingerprint::of(topic, &r.properties, r.born_timestamp_ms, &r.body)?;
+    let stored = Stored { queue, queue_offset: r.queue_offset, log_offset: r.log_offset };
+    Some((sent, stored, Timestamp(r.store_timestamp_ms)))
+}
+
 impl Engine {
     /// Opens the store and replays what its derived state does not cover yet.
     pub fn open(
@@ -90,6 +108,8 @@ impl Engine {
         let dir = options.dir.join("index");
         let keys = KeyIndex::open(fs.clone(), kv.clone(), &dir, options.key_index, covered.clean)?;
         let pop = Pop::load(&*kv, now)?;
+        let timers = Timers::load(&*kv, options.log.segment_bytes)?;
+        let txns = Txns::load(&*kv)?;
         let meta = Meta::load(&*kv)?;
         let mut engine = Self {
             reader: log.reader(),
@@ -99,6 +119,11 @@ impl Engine {
             new_keys: Vec::new(),
             pop,
             meta,
+            timers,
+            txns,
+            roll: None,
+            recent: Recent::default(),
+            checkpoints_at: [covered.offset; 2],
             staged: Staged::default(),
             changes: Writer::default(),
             stuck: false,
@@ -124,6 +149,8 @@ impl Engine {
             tracing::info!("the queues are made from the log; this is done once");
             engine.rebuild_indexes(|_| {})?;
         }
+        engine.pop.take_freed();
+        engine.remember_recent(now)?;
         engine.index.trim(engine.log.start())?;
         match engine.meta.key() {
             Some(key) => engine.key = key,
@@ -134,6 +161,27 @@ impl Engine {
         }
         engine.log.syncer().sync()?;
         Ok((engine, report))
+    }
+
+    /// What was sent before the restart may be sent again after it.
+    fn remember_recent(&mut self, now: Timestamp) -> Result<()> {
+        let from = match checkpoint::load_recent(&*self.kv)? {
+            Some((_, at)) if now.since(at) > 2 * recent::GENERATION_MS => self.covered,
+            Some((from, _)) => from,
+            None => self.covered,
+        };
+        let (reader, end) = (self.reader.clone(), self.log.end());
+        let mut at = from.max(self.log.start());
+        while at < end {
+            let mut found = Vec::new();
+            at = reader.walk(at, end, 64 << 20, |r| {
+                if now.0.saturating_sub(r.store_timestamp_ms) < 2 * recent::GENERATION_MS {
+                    found.extend(sent_as(r));
+                }
+            })?;
+            found.into_iter().for_each(|(sent, stored, at)| self.recent.remember(sent, stored, at));
+        }
+        Ok(())
     }
 
     fn replay(&mut self, from: u64) -> Result<RecoveryReport> {
@@ -167,6 +215,12 @@ impl Engine {
     fn dispatch(&mut self, r: &Record) -> Result<()> {
         let topic = Topic::stored(&r.topic);
         self.index_record(&topic, r);
+        let stored_at = Timestamp(r.store_timestamp_ms);
+        if matches!(topic.as_str(), TIMER_TOPIC | HALF_TOPIC) {
+            let held = Held { log_offset: r.log_offset, size: r.size };
+            self.hold(topic.as_str(), held, &r.properties, stored_at)?;
+        }
+        self.settle_released(&r.properties, stored_at)?;
         if let Some(settled) = consume::moved_from(&topic, r) {
             self.apply(&settled);
         }
@@ -175,9 +229,7 @@ impl Engine {
                 path: self.options.dir.join("commitlog"),
                 what: format!("change record at offset {}: {e}", r.log_offset),
             })?;
-            for change in &changes {
-                self.apply(change);
-            }
+            changes.iter().for_each(|change| self.apply(change));
         }
         Ok(())
     }
@@ -186,10 +238,12 @@ impl Engine {
         let tag_code = hash::tag_code(r.property(message::TAGS));
         let entry = Entry { log_offset: r.log_offset, size: r.size, tag_code };
         // Half messages and rollbacks of another broker have no place in a queue.
-        if !matches!(
-            r.sys_flag & message::FLAG_TRANSACTION,
-            message::FLAG_PREPARED | message::FLAG_TRANSACTION
-        ) {
+        if !matches!(topic.as_str(), TIMER_TOPIC | HALF_TOPIC)
+            && !matches!(
+                r.sys_flag & message::FLAG_TRANSACTION,
+                message::FLAG_PREPARED | message::FLAG_TRANSACTION
+            )
+        {
             self.index.append(topic, r.queue, r.queue_offset, entry);
         }
     }
@@ -197,6 +251,16 @@ impl Engine {
     pub(super) fn apply(&mut self, change: &Change) {
         self.pop.apply(change);
         self.meta.apply(change);
+        match change {
+            Change::Recalled(key) => {
+                if let Err(error) = self.timers.settle(&*self.kv, *key) {
+                    tracing::error!(%error, "a row of the timers cannot be read");
+                }
+            }
+            Change::Checked { id, check_at } => self.txns.checked(*id, *check_at),
+            Change::RolledBack { id, at } => self.txns.decide(*id, Decision::RolledBack, *at),
+            _ => {}
+        }
         self.apply_to_index(change);
     }
 

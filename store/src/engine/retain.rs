@@ -107,6 +107,9 @@ impl Engine {
                     break;
                 }
             }
+            if !self.roll(next, now)? {
+                break;
+            }
             files.extend(self.log.retire_first());
         }
         if files.is_empty() {

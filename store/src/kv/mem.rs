@@ -65,6 +65,12 @@ impl Kv for MemKv {
             .collect())
     }
 
+    fn range(&self, family: Family, from: &[u8], max: usize) -> Result<Vec<Row>> {
+        let s = self.0.lock();
+        let rows = s.now.range((family, from.to_vec())..).take_while(|((f, _), _)| *f == family);
+        Ok(rows.take(max).map(|((_, k), v)| (k.clone(), v.clone())).collect())
+    }
+
     fn memory(&self) -> usize {
         0
     }

@@ -24,10 +24,14 @@ pub enum Family {
     InFlight,
     /// Bounds of every queue, and its last entries.
     Queues,
+    /// Scheduled messages by due time.
+    Timers,
+    /// Transactions that are open, and those decided lately.
+    Transactions,
 }
 
 impl Family {
-    pub const ALL: [Family; 7] = [
+    pub const ALL: [Family; 9] = [
         Family::Covered,
         Family::Topics,
         Family::Groups,
@@ -35,6 +39,8 @@ impl Family {
         Family::Offsets,
         Family::InFlight,
         Family::Queues,
+        Family::Timers,
+        Family::Transactions,
     ];
 
     pub fn name(self) -> &'static str {
@@ -46,6 +52,8 @@ impl Family {
             Family::Offsets => "offsets",
             Family::InFlight => "in_flight",
             Family::Queues => "queues",
+            Family::Timers => "timers",
+            Family::Transactions => "transactions",
         }
     }
 }
@@ -74,6 +82,8 @@ pub trait Kv: Send + Sync + 'static {
     fn get(&self, family: Family, key: &[u8]) -> Result<Option<Vec<u8>>>;
     /// All rows of a family, by key.
     fn rows(&self, family: Family) -> Result<Vec<Row>>;
+    /// Up to `max` rows of a family from a key on, by key.
+    fn range(&self, family: Family, from: &[u8], max: usize) -> Result<Vec<Row>>;
     /// Bytes it holds in memory.
     fn memory(&self) -> usize;
     /// All of it or nothing; with `sync`, it and everything written before survives a power loss.
@@ -95,6 +105,9 @@ mod conformance {
         assert_eq!(kv.get(Family::Groups, b"b").unwrap(), None);
         let rows = kv.rows(Family::Topics).unwrap();
         assert_eq!(rows, [(b"a".to_vec(), b"1".to_vec()), (b"b".to_vec(), b"2".to_vec())]);
+        assert_eq!(kv.range(Family::Topics, b"a", 1).unwrap(), rows[..1]);
+        assert_eq!(kv.range(Family::Topics, b"aa", 9).unwrap(), rows[1..]);
+        assert_eq!(kv.range(Family::Topics, b"c", 9).unwrap(), []);
         let mut batch = Batch::default();
         batch.put(Family::Topics, "a", "x");
         batch.delete(Family::Topics, "a");

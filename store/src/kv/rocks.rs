@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use rocksdb::{
-    BlockBasedOptions, Cache, ColumnFamilyDescriptor, DB, IteratorMode, Options, WriteBatch, WriteOptions,
+    BlockBasedOptions, Cache, ColumnFamilyDescriptor, DB, Direction, IteratorMode, Options, WriteBatch,
+    WriteOptions,
 };
 
 use super::{Batch, CACHE_BYTES, Family, Kv, Row, WRITE_BUFFER_BYTES};
@@ -56,6 +57,12 @@ impl Kv for RocksKv {
 
     fn rows(&self, family: Family) -> Result<Vec<Row>> {
         let rows = self.0.iterator_cf(self.family(family)?, IteratorMode::Start);
+        rows.map(|row| row.map(|(k, v)| (k.into(), v.into())).map_err(failed)).collect()
+    }
+
+    fn range(&self, family: Family, from: &[u8], max: usize) -> Result<Vec<Row>> {
+        let start = IteratorMode::From(from, Direction::Forward);
+        let rows = self.0.iterator_cf(self.family(family)?, start).take(max);
         rows.map(|row| row.map(|(k, v)| (k.into(), v.into())).map_err(failed)).collect()
     }
 

@@ -200,12 +200,134 @@ func steady() {
 	fmt.Println("DONE")
 }
 
+// untilItWorks repeats a call while the server is away.
+func untilItWorks(call func() error) {
+	for until := time.Now().Add(60 * time.Second); ; time.Sleep(500 * time.Millisecond) {
+		err := call()
+		if err == nil {
+			return
+		}
+		if time.Now().After(until) {
+			panic(fmt.Sprintf("the server does not come back: %v", err))
+		}
+	}
+}
+
+func sendMessage(p rmq.Producer, m *rmq.Message, t rmq.Transaction) *rmq.SendReceipt {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	var receipts []*rmq.SendReceipt
+	var err error
+	if t != nil {
+		receipts, err = p.SendWithTransaction(ctx, m, t)
+	} else {
+		receipts, err = p.Send(ctx, m)
+	}
+	must(err)
+	return receipts[0]
+}
+
+func kinds() {
+	fifo, delay, tx := prefix+"-fifo", prefix+"-delay", prefix+"-tx"
+	p := producer(fifo, delay)
+	for i := 0; i < 6; i++ {
+		for _, group := range []string{"a", "b"} {
+			m := &rmq.Message{Topic: fifo, Body: []byte(fmt.Sprintf("%s%d", group, i))}
+			m.SetMessageGroup(group)
+			sendMessage(p, m, nil)
+		}
+	}
+	due := time.Now().Add(6 * time.Second)
+	var recalled *rmq.SendReceipt
+	for _, b := range []string{"later", "recalled"} {
+		m := &rmq.Message{Topic: delay, Body: []byte(b)}
+		m.SetDelayTimestamp(due)
+		recalled = sendMessage(p, m, nil)
+	}
+	checker := &rmq.TransactionChecker{Check: func(m *rmq.MessageView) rmq.TransactionResolution {
+		if string(m.GetBody()) == "orphan" {
+			return rmq.COMMIT
+		}
+		return rmq.UNKNOWN
+	}}
+	transactional, err := rmq.NewProducer(config(""), rmq.WithTopics(tx), rmq.WithTransactionChecker(checker))
+	must(err)
+	must(transactional.Start())
+	transactions := map[string]rmq.Transaction{}
+	for _, b := range []string{"committed", "rolled back", "orphan"} {
+		transactions[b] = transactional.BeginTransaction()
+		sendMessage(transactional, &rmq.Message{Topic: tx, Body: []byte(b)}, transactions[b])
+	}
+	fmt.Println("READY")
+	_, err = bufio.NewReader(os.Stdin).ReadString('\n')
+	must(err)
+
+	untilItWorks(func() error {
+		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		defer cancel()
+		_, err := p.Recall(ctx, delay, recalled.RecallHandle)
+		return err
+	})
+	untilItWorks(transactions["committed"].Commit)
+	untilItWorks(transactions["rolled back"].RollBack)
+
+	var lock sync.Mutex
+	order, failed := []string{}, false
+	listener := &rmq.FuncMessageListener{Consume: func(m *rmq.MessageView) rmq.ConsumerResult {
+		lock.Lock()
+		defer lock.Unlock()
+		if string(m.GetBody()) == "a2" && !failed {
+			failed = true
+			return rmq.FAILURE
+		}
+		order = append(order, string(m.GetBody()))
+		return rmq.SUCCESS
+	}}
+	push, err := rmq.NewPushConsumer(config(fifo), rmq.WithPushAwaitDuration(5*time.Second),
+		rmq.WithPushSubscriptionExpressions(map[string]*rmq.FilterExpression{fifo: rmq.SUB_ALL}),
+		rmq.WithPushMessageListener(listener), rmq.WithPushConsumptionThreadCount(4), rmq.WithPushMaxCacheMessageCount(64))
+	must(err)
+	must(push.Start())
+	for i := 0; i < 600; i++ {
+		lock.Lock()
+		done := len(order) >= 12
+		lock.Unlock()
+		if done {
+			break
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	for _, group := range []string{"a", "b"} {
+		got := []string{}
+		for _, b := range order {
+			if b[:1] == group {
+				got = append(got, b)
+			}
+		}
+		equal(got, numbered(group, 6))
+	}
+	fmt.Println("ok fifo")
+
+	equal(keys(receive(simple(delay, delay, "*"), []string{"later"}, 30*time.Second)), []string{"later"})
+	if time.Now().Before(due) {
+		panic("early")
+	}
+	fmt.Println("ok delay")
+
+	want := []string{"committed", "orphan"}
+	equal(keys(receive(simple(tx, tx, "*"), want, 40*time.Second)), want)
+	fmt.Println("DONE")
+}
+
 func main() {
 	endpoint, prefix = os.Args[1], os.Args[2]
 	rmq.EnableSsl = os.Getenv("TLS") != "0"
-	if os.Args[3] == "basic" {
+	switch os.Args[3] {
+	case "basic":
 		basic()
-	} else {
+	case "kinds":
+		kinds()
+	default:
 		steady()
 	}
 	os.Exit(0)

@@ -1,20 +1,27 @@
+import java.lang.reflect.Method;
 import java.nio.ByteBuffer;
 import java.nio.charset.StandardCharsets;
 import java.time.Duration;
 import java.util.ArrayList;
+import java.util.Collections;
 import java.util.List;
 import java.util.Map;
 import java.util.TreeMap;
 import java.util.TreeSet;
 import java.util.concurrent.ConcurrentHashMap;
+import java.util.concurrent.atomic.AtomicBoolean;
 import org.apache.rocketmq.client.apis.ClientConfiguration;
 import org.apache.rocketmq.client.apis.ClientServiceProvider;
 import org.apache.rocketmq.client.apis.consumer.ConsumeResult;
 import org.apache.rocketmq.client.apis.consumer.FilterExpression;
 import org.apache.rocketmq.client.apis.consumer.SimpleConsumer;
 import org.apache.rocketmq.client.apis.message.Message;
+import org.apache.rocketmq.client.apis.message.MessageBuilder;
 import org.apache.rocketmq.client.apis.message.MessageView;
 import org.apache.rocketmq.client.apis.producer.Producer;
+import org.apache.rocketmq.client.apis.producer.SendReceipt;
+import org.apache.rocketmq.client.apis.producer.Transaction;
+import org.apache.rocketmq.client.apis.producer.TransactionResolution;
 
 /** The Java client as a test: Suite ENDPOINT PREFIX MODE (see ../README.md). TLS as by default, unless TLS=0. */
 public class Suite {
@@ -147,13 +154,103 @@ public class Suite {
         System.out.println("DONE");
     }
 
+    interface Call {
+        void run() throws Exception;
+    }
+
+    /** The server is away for a moment. */
+    static void untilItWorks(Call call) throws Exception {
+        long until = System.currentTimeMillis() + 60_000;
+        while (true) {
+            try {
+                call.run();
+                return;
+            } catch (Exception e) {
+                check(System.currentTimeMillis() < until, "the server does not come back: " + e);
+                Thread.sleep(500);
+            }
+        }
+    }
+
+    static MessageBuilder builder(String topic, String body) {
+        return provider.newMessageBuilder().setTopic(topic).setBody(body.getBytes(StandardCharsets.UTF_8));
+    }
+
+    static void kinds() throws Exception {
+        String fifo = prefix + "-fifo", delay = prefix + "-delay", tx = prefix + "-tx";
+        Producer p = producer(fifo, delay);
+        for (int i = 0; i < 6; i++) {
+            for (String group : List.of("a", "b")) p.send(builder(fifo, group + i).setMessageGroup(group).build());
+        }
+        long due = System.currentTimeMillis() + 6000;
+        p.send(builder(delay, "later").setDeliveryTimestamp(due).build());
+        // The older of the two clients cannot recall.
+        Method recall = null;
+        for (Method m : Producer.class.getMethods()) if (m.getName().equals("recallMessage")) recall = m;
+        Object handle = null;
+        if (recall != null) {
+            SendReceipt receipt = p.send(builder(delay, "recalled").setDeliveryTimestamp(due).build());
+            handle = SendReceipt.class.getMethod("getRecallHandle").invoke(receipt);
+        }
+        Producer transactional = provider.newProducerBuilder().setClientConfiguration(configuration).setTopics(tx)
+            .setTransactionChecker(m ->
+                body(m).equals("orphan") ? TransactionResolution.COMMIT : TransactionResolution.UNKNOWN).build();
+        Map<String, Transaction> transactions = new TreeMap<>();
+        for (String b : List.of("committed", "rolled back", "orphan")) {
+            Transaction t = transactional.beginTransaction();
+            transactional.send(builder(tx, b).build(), t);
+            transactions.put(b, t);
+        }
+        System.out.println("READY");
+        System.in.read();
+
+        if (recall != null) {
+            Method method = recall;
+            Object argument = handle;
+            untilItWorks(() -> method.invoke(p, delay, argument));
+        }
+        untilItWorks(transactions.get("committed")::commit);
+        untilItWorks(transactions.get("rolled back")::rollback);
+
+        List<String> order = Collections.synchronizedList(new ArrayList<>());
+        AtomicBoolean failed = new AtomicBoolean();
+        provider.newPushConsumerBuilder().setClientConfiguration(configuration).setConsumerGroup(fifo)
+            .setSubscriptionExpressions(Map.of(fifo, new FilterExpression("*")))
+            .setMessageListener(m -> {
+                if (body(m).equals("a2") && failed.compareAndSet(false, true)) return ConsumeResult.FAILURE;
+                order.add(body(m));
+                return ConsumeResult.SUCCESS;
+            }).build();
+        for (int i = 0; i < 600 && order.size() < 12; i++) Thread.sleep(100);
+        for (String group : List.of("a", "b")) {
+            List<String> got = new ArrayList<>(order);
+            got.removeIf(b -> !b.startsWith(group));
+            check(got.equals(numbered(group, 6)), order);
+        }
+        System.out.println("ok fifo");
+
+        Map<String, MessageView> got = receive(simple(delay, delay, "*"), List.of("later"), 30);
+        check(new ArrayList<>(got.keySet()).equals(List.of("later")), got);
+        check(System.currentTimeMillis() >= due, "early");
+        System.out.println("ok delay");
+
+        List<String> want = List.of("committed", "orphan");
+        got = receive(simple(tx, tx, "*"), want, 40);
+        check(new ArrayList<>(got.keySet()).equals(want), got);
+        System.out.println("DONE");
+    }
+
     public static void main(String[] args) throws Exception {
         prefix = args[1];
         var builder = ClientConfiguration.newBuilder().setEndpoints(args[0]).setRequestTimeout(Duration.ofSeconds(3));
         if ("0".equals(System.getenv("TLS"))) builder.enableSsl(false);
         configuration = builder.build();
         try {
-            if (args[2].equals("basic")) basic(); else steady();
+            switch (args[2]) {
+                case "basic" -> basic();
+                case "kinds" -> kinds();
+                default -> steady();
+            }
             System.exit(0);
         } catch (Throwable e) {
             e.printStackTrace();

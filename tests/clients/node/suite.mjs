@@ -5,7 +5,8 @@ import { createInterface } from 'node:readline';
 
 // FERRY_NODE_MODULES: where tools/clients.sh installed the client.
 const require = createRequire(`${process.env.FERRY_NODE_MODULES}/`);
-const { ConsumeResult, FilterExpression, Producer, PushConsumer, SimpleConsumer } = require('rocketmq-client-nodejs');
+const { ConsumeResult, FilterExpression, Producer, PushConsumer, SimpleConsumer, TransactionResolution } =
+  require('rocketmq-client-nodejs');
 
 const [endpoints, prefix, mode] = process.argv.slice(2);
 const quiet = { debug() {}, info() {}, warn() {}, error() {} };
@@ -132,5 +133,83 @@ async function steady() {
   console.log('DONE');
 }
 
-await { basic, steady }[mode]();
+// The server is away for a moment.
+async function untilItWorks(call) {
+  const until = Date.now() + 60_000;
+  for (;;) {
+    try {
+      return await call();
+    } catch (e) {
+      assert.ok(Date.now() < until, `the server does not come back: ${e}`);
+      await sleep(500);
+    }
+  }
+}
+
+async function kinds() {
+  const [fifo, delay, tx] = ['fifo', 'delay', 'tx'].map(name => `${prefix}-${name}`);
+  const ordered = await producer(fifo);
+  for (let i = 0; i < 6; i++) {
+    for (const group of 'ab') await ordered.send({ ...message(fifo, `${group}${i}`), messageGroup: group });
+  }
+  const timer = await producer(delay);
+  const due = Date.now() + 6000;
+  await timer.send({ ...message(delay, 'later'), deliveryTimestamp: new Date(due) });
+  const recalled = await timer.send({ ...message(delay, 'recalled'), deliveryTimestamp: new Date(due) });
+  const checker = {
+    async check(m) {
+      return m.body.toString() === 'orphan' ? TransactionResolution.COMMIT : TransactionResolution.TRANSACTION_RESOLUTION_UNSPECIFIED;
+    },
+  };
+  const transactional = new Producer({ ...common, topics: [tx], checker });
+  await transactional.startup();
+  const transactions = {};
+  for (const body of ['committed', 'rolled back', 'orphan']) {
+    transactions[body] = transactional.beginTransaction();
+    await transactional.send(message(tx, body), transactions[body]);
+  }
+  console.log('READY');
+  await new Promise(done => createInterface({ input: process.stdin }).once('line', done));
+
+  await untilItWorks(() => timer.recallMessage(delay, recalled.recallHandle));
+  await untilItWorks(() => transactions.committed.commit());
+  await untilItWorks(() => transactions['rolled back'].rollback());
+
+  const order = [];
+  let failed = false;
+  const push = new PushConsumer({
+    ...common,
+    consumerGroup: fifo,
+    subscriptions: new Map([[fifo, '*']]),
+    messageListener: {
+      async consume(m) {
+        const body = m.body.toString();
+        if (body === 'a2' && !failed) {
+          failed = true;
+          return ConsumeResult.FAILURE;
+        }
+        order.push(body);
+        return ConsumeResult.SUCCESS;
+      },
+    },
+  });
+  await push.startup();
+  for (let i = 0; i < 600 && order.length < 12; i++) await sleep(100);
+  for (const group of 'ab') {
+    assert.deepEqual(order.filter(b => b[0] === group), [...Array(6).keys()].map(i => `${group}${i}`));
+  }
+  console.log('ok fifo');
+
+  const timed = await simple(delay, delay);
+  const got = await receive(timed, ['later']);
+  assert.deepEqual([...got.keys()], ['later']);
+  assert.ok(Date.now() >= due);
+  console.log('ok delay');
+
+  const decided = await receive(await simple(tx, tx), ['committed', 'orphan'], 40);
+  assert.deepEqual([...decided.keys()].sort(), ['committed', 'orphan']);
+  console.log('DONE');
+}
+
+await { basic, steady, kinds }[mode]();
 process.exit(0);

@@ -5,7 +5,7 @@ import threading
 import time
 
 from rocketmq import (ClientConfiguration, ConsumeResult, Credentials, FilterExpression, Message, MessageListener,
-                      Producer, PushConsumer, SimpleConsumer)
+                      Producer, PushConsumer, SimpleConsumer, TransactionChecker, TransactionResolution)
 
 ENDPOINT, PREFIX, MODE = sys.argv[1:4]
 CONFIG = ClientConfiguration(ENDPOINT, Credentials())
@@ -122,6 +122,83 @@ def steady():
     print("DONE", flush=True)
 
 
-{"basic": basic, "steady": steady}[MODE]()
+def until_it_works(call):
+    """The server is away for a moment."""
+    until = time.time() + 60
+    while True:
+        try:
+            return call()
+        except Exception:
+            assert time.time() < until, "the server does not come back"
+            time.sleep(0.5)
+
+
+def kinds():
+    fifo, delay, tx = (f"{PREFIX}-{name}" for name in ("fifo", "delay", "tx"))
+
+    class Checker(TransactionChecker):
+        def check(self, m):
+            orphan = m.body.decode() == "orphan"
+            return TransactionResolution.COMMIT if orphan else TransactionResolution.TRANSACTION_RESOLUTION_UNSPECIFIED
+
+    p = Producer(CONFIG, [fifo, delay, tx], Checker())
+    p.startup()
+    for i in range(6):
+        for group in "ab":
+            m = message(fifo, f"{group}{i}")
+            m.message_group = group
+            p.send(m)
+    due = int(time.time()) + 6
+    receipts = {}
+    for body in ("later", "recalled"):
+        m = message(delay, body)
+        m.delivery_timestamp = due
+        receipts[body] = p.send(m)
+    transactions = {}
+    for body in ("committed", "rolled back", "orphan"):
+        transactions[body] = p.begin_transaction()
+        p.send(message(tx, body), transactions[body])
+    print("READY", flush=True)
+    sys.stdin.readline()
+
+    until_it_works(lambda: p.recall_message(delay, receipts["recalled"].recall_handle))
+    until_it_works(transactions["committed"].commit)
+    until_it_works(transactions["rolled back"].rollback)
+
+    order, failed, done, lock = [], set(), threading.Event(), threading.Lock()
+
+    class Listener(MessageListener):
+        def consume(self, m):
+            body = m.body.decode()
+            with lock:
+                if body == "a2" and body not in failed:
+                    failed.add(body)
+                    return ConsumeResult.FAILURE
+                order.append(body)
+                if len(order) == 12:
+                    done.set()
+            return ConsumeResult.SUCCESS
+
+    push = PushConsumer(CONFIG, fifo, Listener(), {fifo: FilterExpression("*")})
+    push.startup()
+    assert done.wait(60), order
+    for group in "ab":
+        assert [b for b in order if b[0] == group] == [f"{group}{i}" for i in range(6)], order
+    print("ok fifo", flush=True)
+
+    timed, at, until = simple(delay, delay), {}, time.time() + 30
+    while "later" not in at and time.time() < until:
+        for m in timed.receive(16, 30) or []:
+            at[m.body.decode()] = time.time()
+            timed.ack(m)
+    assert list(at) == ["later"] and at["later"] >= due, (at, due)
+    print("ok delay", flush=True)
+
+    got = receive(simple(tx, tx), ["committed", "orphan"], seconds=40)
+    assert sorted(got) == ["committed", "orphan"], got
+    print("DONE", flush=True)
+
+
+{"basic": basic, "steady": steady, "kinds": kinds}[MODE]()
 # The client leaves threads behind that would keep the process.
 os._exit(0)

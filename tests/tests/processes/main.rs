@@ -307,6 +307,7 @@ fn old_folder(data: &Path) {
             sys_flag: 0,
             born_timestamp_ms: then.0,
             born_host: ([127, 0, 0, 1], 2).into(),
+            hold: store::Hold::Nothing,
         };
         engine.append(&topic, &[message], then).unwrap();
         engine.commit(then).unwrap();

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use rocketmq::conf::{ClientOption, LoggingFormat, ProducerOption, SimpleConsumerOption};
 use rocketmq::model::common::{FilterExpression, FilterType};
 use rocketmq::model::message::{MessageBuilder, MessageView};
+use rocketmq::model::transaction::{Transaction, TransactionResolution};
 use rocketmq::{Producer, SimpleConsumer};
 use tokio::io::AsyncBufReadExt;
 
@@ -144,11 +145,87 @@ async fn steady(endpoint: &str, prefix: &str) {
     println!("DONE");
 }
 
+/// The server is away for a moment: waits until it takes messages again.
+async fn until_it_is_back(p: &Producer, topic: &str) {
+    let until = Instant::now() + Duration::from_secs(60);
+    while let Err(error) = send(p, topic, "back", "x").await {
+        assert!(Instant::now() < until, "the server does not come back: {error}");
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+}
+
+async fn kinds(endpoint: &str, prefix: &str) {
+    let [fifo, delay, tx, other] = ["fifo", "delay", "tx", "other"].map(|n| format!("{prefix}-{n}"));
+    let p = producer(endpoint, &[fifo.clone(), delay.clone(), other.clone()]).await;
+    for i in 0..6 {
+        for group in ["a", "b"] {
+            let body = format!("{group}{i}").into_bytes();
+            let message = MessageBuilder::fifo_message_builder(fifo.as_str(), body, group).build().expect("a message");
+            p.send(message).await.expect("sent");
+        }
+    }
+    let now = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970").as_secs() as i64;
+    let due = now() + 6;
+    let message = MessageBuilder::delay_message_builder(delay.as_str(), b"later".to_vec(), due);
+    p.send(message.build().expect("a message")).await.expect("sent");
+    let mut option = ProducerOption::default();
+    option.set_logging_format(LoggingFormat::Terminal);
+    option.set_topics(vec![tx.clone()]);
+    let check = Box::new(|_, m: MessageView| match m.body() {
+        b"orphan" => TransactionResolution::COMMIT,
+        _ => TransactionResolution::UNKNOWN,
+    });
+    let mut transactional = Producer::new_transaction_producer(option, options(endpoint), check).expect("a producer");
+    transactional.start().await.expect("the producer starts");
+    let half = |body: &str| {
+        let message = MessageBuilder::transaction_message_builder(tx.as_str(), body.as_bytes().to_vec());
+        transactional.send_transaction_message(message.build().expect("a message"))
+    };
+    let committed = half("committed").await.expect("sent");
+    let rolled_back = half("rolled back").await.expect("sent");
+    let _orphan = half("orphan").await.expect("sent");
+    println!("READY");
+    let mut line = String::new();
+    tokio::io::BufReader::new(tokio::io::stdin()).read_line(&mut line).await.expect("a line");
+
+    until_it_is_back(&p, &other).await;
+    committed.commit().await.expect("committed");
+    rolled_back.rollback().await.expect("rolled back");
+
+    // It has no push consumer, so that order is what a simple consumer gets.
+    let c = consumer(endpoint, &fifo, &fifo).await;
+    let filter = FilterExpression::new(FilterType::Tag, "*");
+    let (mut order, until) = (Vec::new(), Instant::now() + Duration::from_secs(60));
+    while order.len() < 12 && Instant::now() < until {
+        for message in c.receive_with(&fifo, &filter, 3, Duration::from_secs(30)).await.expect("received") {
+            order.push(body(&message));
+            c.ack(&message).await.expect("acknowledged");
+        }
+    }
+    for group in ['a', 'b'] {
+        let of_group: Vec<String> = order.iter().filter(|b| b.starts_with(group)).cloned().collect();
+        assert_eq!(of_group, numbered(group, 6), "{order:?}");
+    }
+    println!("ok fifo");
+
+    let c = consumer(endpoint, &delay, &delay).await;
+    let got = receive(&c, &delay, "*", &["later".to_owned()], 30).await.expect("received");
+    assert!(got.contains_key("later") && now() >= due, "{got:?}");
+    println!("ok delay");
+
+    let c = consumer(endpoint, &tx, &tx).await;
+    let want = ["committed", "orphan"].map(String::from);
+    let got = receive(&c, &tx, "*", &want, 40).await.expect("received");
+    assert_eq!(got.into_keys().collect::<Vec<_>>(), want);
+    println!("DONE");
+}
+
 #[tokio::main]
 async fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args[2].as_str() {
         "basic" => basic(&args[0], &args[1]).await,
+        "kinds" => kinds(&args[0], &args[1]).await,
         _ => steady(&args[0], &args[1]).await,
     }
     // The client has no way to stop its background work in time.

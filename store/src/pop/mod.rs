@@ -6,6 +6,11 @@
 //!   offsets   0 ── acknowledged ── committed ── in flight / acknowledged out of order ── next ── not yet read
 //! ```
 //! A message is invisible while its row stands; the row alone decides when that ends.
+//!
+//! A group that consumes in order has rows in [`lanes`]: of each message group one batch is in flight. What lies behind
+//! it keeps a row that waits, and what was not acknowledged in time goes back to waiting in its place.
+
+mod lanes;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
@@ -13,7 +18,9 @@ use std::sync::Arc;
 use model::codec::{self, CodecError, Reader};
 use model::{Group, GroupConfig, Timestamp, Topic, TopicConfig, limits};
 
-use crate::change::{self, Change, CursorKey};
+pub use self::lanes::Lane;
+use self::lanes::Lanes;
+use crate::change::{self, Change, CursorKey, Taken};
 use crate::error::{Result, StoreError};
 use crate::kv::{Batch, Family, Kv};
 
@@ -26,6 +33,29 @@ struct Row {
     /// When it was handed out.
     since: Timestamp,
     client: Option<Arc<str>>,
+    /// Set where the group consumes in order.
+    place: Option<Box<Place>>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Place {
+    lane: Lane,
+    /// Deliveries so far.
+    attempt: u32,
+    attempt_id: u64,
+    /// Not in flight: behind others, or back after its invisible time.
+    waiting: bool,
+}
+
+impl Row {
+    fn waiting(lane: Lane, attempt: u32) -> Self {
+        let place = Place { lane, attempt, attempt_id: 0, waiting: true };
+        Self { visible_at: Timestamp(0), since: Timestamp(0), client: None, place: Some(Box::new(place)) }
+    }
+
+    fn is_waiting(&self) -> bool {
+        self.place.as_ref().is_some_and(|p| p.waiting)
+    }
 }
 
 #[derive(Debug, Default)]
@@ -35,9 +65,15 @@ struct Cursor {
     /// Acknowledged at or above `next`: rows that a crash lost, whose handles still count.
     ahead: BTreeSet<u64>,
     moved: VecDeque<u64>,
+    lanes: Lanes,
 }
 
 impl Cursor {
+    fn lag(&self) -> Lag {
+        let in_flight = (self.rows.len() - self.lanes.waiting()) as u64;
+        Lag { committed: self.committed(), next: self.next, in_flight }
+    }
+
     fn committed(&self) -> u64 {
         self.rows.keys().next().copied().unwrap_or(self.next).min(self.next)
     }
@@ -65,6 +101,8 @@ pub enum Due {
     Renew(Change),
     /// To the retry topic, or the dead letters.
     Move(CursorKey, u64),
+    /// Back to its place in the order, or to the dead letters after this many deliveries.
+    Return(CursorKey, u64, u32),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,6 +121,8 @@ pub struct Pop {
     in_flight: HashMap<Group, usize>,
     dirty: BTreeSet<CursorKey>,
     clients: HashMap<Arc<str>, Timestamp>,
+    /// Topics of which a message in order can be handed out that could not before.
+    freed: Vec<Topic>,
     /// Clients not heard of since then are judged from it.
     opened: Timestamp,
 }
@@ -108,14 +148,12 @@ impl Pop {
     }
 
     pub fn lag(&self, key: &CursorKey) -> Option<Lag> {
-        let c = self.get(key)?;
-        Some(Lag { committed: c.committed(), next: c.next, in_flight: c.rows.len() as u64 })
+        self.get(key).map(Cursor::lag)
     }
 
     /// Where every group stands on every queue.
     pub fn positions(&self) -> impl Iterator<Item = (&CursorKey, Lag)> {
-        let lag = |c: &Cursor| Lag { committed: c.committed(), next: c.next, in_flight: c.rows.len() as u64 };
-        self.cursors.values().map(move |(key, cursor)| (key, lag(cursor)))
+        self.cursors.values().map(|(key, cursor)| (key, cursor.lag()))
     }
 
     /// The cursors of a group.
@@ -135,7 +173,9 @@ impl Pop {
     ) -> Standing {
         let Some(cursor) = self.get(key) else { return Standing::Lost };
         if let Some(row) = cursor.rows.get(&offset) {
-            let lives = row.since == popped_at && (row.visible_at > now || self.renewable(row, now));
+            let lives = !row.is_waiting()
+                && row.since == popped_at
+                && (row.visible_at > now || self.renewable(row, now));
             return if lives { Standing::Live } else { Standing::Expired };
         }
         if cursor.moved.contains(&offset) {
@@ -177,7 +217,88 @@ impl Pop {
                 renewal: true,
             }));
         }
-        Some(Due::Move(key.clone(), offset))
+        Some(match &row.place {
+            Some(place) => Due::Return(key.clone(), offset, place.attempt),
+            None => Due::Move(key.clone(), offset),
+        })
+    }
+
+    // --- in order -------------------------------------------------------------------------------------------
+
+    /// True if messages of this queue were handed out in order and are not all settled.
+    pub fn has_order(&self, key: &CursorKey) -> bool {
+        self.get(key).is_some_and(|c| !c.lanes.is_empty())
+    }
+
+    /// What the receive with this attempt id was given, if it is still in flight.
+    pub fn attempted(&self, key: &CursorKey, attempt_id: u64, now: Timestamp) -> Vec<(Taken, Timestamp)> {
+        let Some(cursor) = self.get(key).filter(|c| attempt_id != 0 && !c.lanes.is_empty()) else {
+            return Vec::new();
+        };
+        let taken = |(offset, row): (&u64, &Row)| {
+            let place = row.place.as_ref().filter(|p| !p.waiting && p.attempt_id == attempt_id)?;
+            let taken = Taken { offset: *offset, lane: place.lane, attempt: place.attempt };
+            (row.visible_at > now).then_some((taken, row.since))
+        };
+        cursor.rows.iter().filter_map(taken).collect()
+    }
+
+    /// What waits and may be handed out next, up to `max`. Without `in_order` whatever waits: the group has changed.
+    pub fn ready(&self, key: &CursorKey, max: usize, in_order: bool) -> Vec<Taken> {
+        let Some(cursor) = self.get(key).filter(|c| !c.lanes.is_empty()) else { return Vec::new() };
+        let taken = |offset: u64| {
+            let place = cursor.rows.get(&offset)?.place.as_ref()?;
+            Some(Taken { offset, lane: place.lane, attempt: place.attempt + 1 })
+        };
+        match in_order {
+            true => {
+                let offsets = cursor.lanes.ready().flat_map(|(_, waiting)| waiting.iter().copied());
+                offsets.filter_map(taken).take(max).collect()
+            }
+            false => cursor.lanes.all_waiting().filter_map(taken).take(max).collect(),
+        }
+    }
+
+    /// True if nothing of this lane is in flight or waiting.
+    pub fn is_free(&self, key: &CursorKey, lane: Lane) -> bool {
+        self.get(key).is_none_or(|c| c.lanes.is_free(lane))
+    }
+
+    /// Messages of a queue that wait behind others.
+    pub fn waiting(&self, key: &CursorKey) -> usize {
+        self.get(key).map_or(0, |c| c.lanes.waiting())
+    }
+
+    /// The invisible time of a message in order is over. No change says so: time alone does.
+    pub fn give_back(&mut self, key: &CursorKey, offset: u64) {
+        if let Some(id) = self.ids.get(key).copied() {
+            self.back_in_place(id, offset, 0);
+        }
+    }
+
+    fn back_in_place(&mut self, id: Id, offset: u64, undelivered: u32) {
+        let Some((key, cursor)) = self.cursors.get_mut(&id) else { return };
+        let Some(row) = cursor.rows.get_mut(&offset) else { return };
+        let Some(place) = row.place.as_mut().filter(|p| !p.waiting) else { return };
+        place.waiting = true;
+        place.attempt -= undelivered.min(place.attempt);
+        if cursor.lanes.come_back(place.lane, offset) {
+            self.freed.push(key.topic.clone());
+        }
+        self.due.remove(&(row.visible_at, id, offset));
+        row.client = None;
+        if let Some(count) = self.in_flight.get_mut(&key.group) {
+            *count = count.saturating_sub(1);
+        }
+    }
+
+    pub fn is_in_order(&self, key: &CursorKey, offset: u64) -> bool {
+        self.get(key).and_then(|c| c.rows.get(&offset)).is_some_and(|row| row.place.is_some())
+    }
+
+    /// Topics to look at again for those who wait.
+    pub fn take_freed(&mut self) -> Vec<Topic> {
+        std::mem::take(&mut self.freed)
     }
 
     fn renewable(&self, row: &Row, now: Timestamp) -> bool {
@@ -242,11 +363,33 @@ impl Pop {
                 let (_, cursor) = self.cursors.get_mut(&id).expect("touched above");
                 cursor.next = cursor.next.max(*next);
                 for offset in offsets {
-                    let row = Row { visible_at: *visible_at, since: *since, client: client.clone() };
+                    let client = client.clone();
+                    let row = Row { visible_at: *visible_at, since: *since, client, place: None };
                     cursor.rows.insert(*offset, row);
                 }
                 cursor.ahead = cursor.ahead.split_off(next);
                 *self.in_flight.entry(key.group.clone()).or_default() += offsets.len();
+            }
+            Change::Ordered { cursor: key, next, since, visible_at, client, attempt_id, taken, held } => {
+                let id = self.touch(key);
+                for Taken { offset, lane, attempt } in taken {
+                    self.remove_row(id, *offset);
+                    let (_, cursor) = self.cursors.get_mut(&id).expect("touched above");
+                    cursor.lanes.hand_out(*lane, *offset);
+                    let (lane, attempt, attempt_id) = (*lane, *attempt, *attempt_id);
+                    let place = Some(Box::new(Place { lane, attempt, attempt_id, waiting: false }));
+                    let (visible_at, since, client) = (*visible_at, *since, client.clone());
+                    cursor.rows.insert(*offset, Row { visible_at, since, client, place });
+                    self.due.insert((visible_at, id, *offset));
+                }
+                let (_, cursor) = self.cursors.get_mut(&id).expect("touched above");
+                for (offset, lane) in held {
+                    cursor.lanes.hold(*lane, *offset);
+                    cursor.rows.insert(*offset, Row::waiting(*lane, 0));
+                }
+                cursor.next = cursor.next.max(*next);
+                cursor.ahead = cursor.ahead.split_off(next);
+                *self.in_flight.entry(key.group.clone()).or_default() += taken.len();
             }
             Change::Done { cursor: key, moved, offsets } => {
                 let id = self.touch(key);
@@ -267,7 +410,7 @@ impl Pop {
             Change::Visible { cursor: key, offset, visible_at, renewal } => {
                 let id = self.touch(key);
                 let (_, cursor) = self.cursors.get_mut(&id).expect("touched above");
-                if let Some(row) = cursor.rows.get_mut(offset) {
+                if let Some(row) = cursor.rows.get_mut(offset).filter(|row| !row.is_waiting()) {
                     self.due.remove(&(row.visible_at, id, *offset));
                     row.visible_at = *visible_at;
                     if !renewal {
@@ -275,6 +418,10 @@ impl Pop {
                     }
                     self.due.insert((*visible_at, id, *offset));
                 }
+            }
+            Change::Unsent { cursor: key, offsets } => {
+                let id = self.touch(key);
+                offsets.iter().for_each(|offset| self.back_in_place(id, *offset, 1));
             }
             Change::Seek { cursor: key, next } => {
                 let id = self.touch(key);
@@ -289,7 +436,12 @@ impl Pop {
             Change::PutGroup(GroupConfig { group, deleted: true, .. }) => {
                 self.drop_cursors(|key| key.group == *group)
             }
-            Change::PutTopic(_) | Change::PutGroup(_) | Change::Key(_) => {}
+            Change::PutTopic(_)
+            | Change::PutGroup(_)
+            | Change::Key(_)
+            | Change::Recalled(_)
+            | Change::Checked { .. }
+            | Change::RolledBack { .. } => {}
         }
     }
 
@@ -303,6 +455,12 @@ impl Pop {
     fn remove_row(&mut self, id: Id, offset: u64) {
         let Some((key, cursor)) = self.cursors.get_mut(&id) else { return };
         if let Some(row) = cursor.rows.remove(&offset) {
+            if row.place.as_ref().is_some_and(|place| cursor.lanes.settle(place.lane, offset)) {
+                self.freed.push(key.topic.clone());
+            }
+            if row.is_waiting() {
+                return;
+            }
             self.due.remove(&(row.visible_at, id, offset));
             if let Some(count) = self.in_flight.get_mut(&key.group) {
                 *count = count.saturating_sub(1);
@@ -357,9 +515,19 @@ impl Pop {
             let key = decode_key(&name).map_err(damaged)?;
             let id = pop.id(&key);
             let (rows, ahead) = decode_rows(&value).map_err(damaged)?;
-            pop.due.extend(rows.iter().map(|(offset, row)| (row.visible_at, id, *offset)));
-            *pop.in_flight.entry(key.group).or_default() += rows.len();
+            let out = rows.iter().filter(|(_, row)| !row.is_waiting());
+            let due = out.map(|(offset, row)| (row.visible_at, id, *offset));
+            let before = pop.due.len();
+            pop.due.extend(due);
+            *pop.in_flight.entry(key.group).or_default() += pop.due.len() - before;
             let (_, cursor) = pop.cursors.get_mut(&id).expect("made above");
+            for (offset, row) in &rows {
+                match &row.place {
+                    Some(place) if place.waiting => drop(cursor.lanes.hold(place.lane, *offset)),
+                    Some(place) => cursor.lanes.hand_out(place.lane, *offset),
+                    None => {}
+                }
+            }
             cursor.rows = rows;
             cursor.ahead = ahead;
         }
@@ -382,7 +550,8 @@ fn decode_key(bytes: &[u8]) -> std::result::Result<CursorKey, CodecError> {
     Ok(CursorKey { group, topic, queue: r.u32()? })
 }
 
-/// count, then offset, since, visible at, client of each; then the offsets acknowledged ahead
+/// count, then offset, since, visible at, client of each; then the offsets acknowledged ahead; then of those that
+/// are in order: count, and offset, lane, attempt, attempt id, waiting of each
 fn encode_rows(cursor: &Cursor) -> Vec<u8> {
     let mut out = Vec::new();
     codec::put_u64(&mut out, cursor.rows.len() as u64);
@@ -394,6 +563,15 @@ fn encode_rows(cursor: &Cursor) -> Vec<u8> {
     }
     let ahead: Vec<u64> = cursor.ahead.iter().copied().collect();
     change::put_offsets(&mut out, &ahead);
+    let places = cursor.rows.iter().filter_map(|(offset, row)| Some((offset, row.place.as_ref()?)));
+    codec::put_u64(&mut out, places.clone().count() as u64);
+    for (offset, place) in places {
+        codec::put_u64(&mut out, *offset);
+        codec::put_fixed_u64(&mut out, place.lane);
+        codec::put_u64(&mut out, u64::from(place.attempt));
+        codec::put_fixed_u64(&mut out, place.attempt_id);
+        out.push(u8::from(place.waiting));
+    }
     out
 }
 
@@ -406,139 +584,20 @@ fn decode_rows(bytes: &[u8]) -> std::result::Result<Rows, CodecError> {
         let offset = r.u64()?;
         let (since, visible_at) = (Timestamp(r.i64()?), Timestamp(r.i64()?));
         let client = Some(r.str()?).filter(|c| !c.is_empty()).map(Arc::from);
-        rows.insert(offset, Row { visible_at, since, client });
+        rows.insert(offset, Row { visible_at, since, client, place: None });
     }
-    Ok((rows, change::take_offsets(&mut r)?.into_iter().collect()))
+    let ahead = change::take_offsets(&mut r)?.into_iter().collect();
+    // Absent in stores of format 2.
+    let places = if r.is_empty() { 0 } else { r.u64()? };
+    for _ in 0..places {
+        let (offset, lane) = (r.u64()?, r.fixed_u64()?);
+        let (attempt, attempt_id, waiting) = (r.u32()?, r.fixed_u64()?, r.u8()? != 0);
+        if let Some(row) = rows.get_mut(&offset) {
+            row.place = Some(Box::new(Place { lane, attempt, attempt_id, waiting }));
+        }
+    }
+    Ok((rows, ahead))
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::kv::MemKv;
-
-    fn key() -> CursorKey {
-        CursorKey { group: Group::stored("g"), topic: Topic::stored("t"), queue: 0 }
-    }
-
-    fn popped(next: u64, at: i64, invisible: i64, client: Option<&str>, offsets: &[u64]) -> Change {
-        Change::Popped {
-            cursor: key(),
-            next,
-            since: Timestamp(at),
-            visible_at: Timestamp(at + invisible),
-            client: client.map(Arc::from),
-            offsets: offsets.into(),
-        }
-    }
-
-    fn done(offsets: &[u64], moved: bool) -> Change {
-        Change::Done { cursor: key(), moved, offsets: offsets.into() }
-    }
-
-    #[test]
-    fn a_message_not_acknowledged_in_time_becomes_due() {
-        let mut pop = Pop::default();
-        pop.apply(&popped(3, 0, 100, None, &[0, 1, 2]));
-        pop.apply(&done(&[0, 2], false));
-        assert_eq!(pop.lag(&key()), Some(Lag { committed: 1, next: 3, in_flight: 1 }));
-        assert_eq!(pop.due(Timestamp(99), 9), []);
-        assert_eq!(pop.next_due(), Some(Timestamp(100)));
-        assert_eq!(pop.due(Timestamp(100), 9), [Due::Move(key(), 1)]);
-        pop.apply(&done(&[1], true));
-        assert_eq!(pop.lag(&key()), Some(Lag { committed: 3, next: 3, in_flight: 0 }));
-        assert_eq!(
-            pop.standing(&key(), 1, (Timestamp(0), Timestamp(500)), Timestamp(100)),
-            Standing::Expired
-        );
-        assert_eq!(
-            pop.standing(&key(), 0, (Timestamp(0), Timestamp(500)), Timestamp(100)),
-            Standing::Settled
-        );
-    }
-
-    #[test]
-    fn the_row_decides_not_the_handle() {
-        let mut pop = Pop::default();
-        pop.apply(&popped(1, 0, 100, None, &[0]));
-        pop.apply(&Change::Visible { cursor: key(), offset: 0, visible_at: Timestamp(900), renewal: false });
-        // The handle's own time (100) is over; the row's is not.
-        assert_eq!(pop.standing(&key(), 0, (Timestamp(0), Timestamp(100)), Timestamp(500)), Standing::Live);
-        assert_eq!(
-            pop.standing(&key(), 0, (Timestamp(0), Timestamp(9999)), Timestamp(900)),
-            Standing::Expired
-        );
-    }
-
-    #[test]
-    fn a_handle_of_another_delivery_is_expired() {
-        let mut pop = Pop::default();
-        pop.apply(&popped(1, 50, 100, None, &[0]));
-        assert_eq!(
-            pop.standing(&key(), 0, (Timestamp(49), Timestamp(149)), Timestamp(60)),
-            Standing::Expired
-        );
-        assert_eq!(pop.standing(&key(), 0, (Timestamp(50), Timestamp(150)), Timestamp(60)), Standing::Live);
-    }
-
-    #[test]
-    fn a_row_lost_in_a_crash_still_takes_its_ack() {
-        let mut pop = Pop::default();
-        pop.apply(&Change::Seek { cursor: key(), next: 0 });
-        assert_eq!(pop.standing(&key(), 1, (Timestamp(0), Timestamp(900)), Timestamp(1)), Standing::Lost);
-        pop.apply(&done(&[1], false));
-        assert!(pop.is_settled_ahead(&key(), 1));
-        assert_eq!(pop.standing(&key(), 1, (Timestamp(0), Timestamp(900)), Timestamp(1)), Standing::Settled);
-        pop.apply(&popped(2, 0, 100, None, &[0]));
-        assert!(!pop.is_settled_ahead(&key(), 1));
-        assert_eq!(pop.lag(&key()).map(|l| l.committed), Some(0));
-    }
-
-    #[test]
-    fn renewal_lasts_as_long_as_the_client_lives() {
-        let mut pop = Pop::default();
-        pop.apply(&popped(1, 0, 60_000, Some("c"), &[0]));
-        pop.client_seen("c", Timestamp(50_000));
-        let Due::Renew(renewed) = &pop.due(Timestamp(60_000), 9)[0] else { panic!("not renewed") };
-        pop.apply(renewed);
-        assert_eq!(pop.next_due(), Some(Timestamp(120_000)));
-        assert_eq!(pop.due(Timestamp(180_000), 9), [Due::Move(key(), 0)], "silent for more than two minutes");
-        pop.client_seen("c", Timestamp(170_000));
-        assert!(matches!(pop.due(Timestamp(180_000), 9)[0], Due::Renew(_)));
-        for change in pop.client_gone("c", Timestamp(100_000)) {
-            pop.apply(&change);
-        }
-        assert_eq!(pop.due(Timestamp(101_000), 9), [Due::Move(key(), 0)]);
-    }
-
-    #[test]
-    fn a_message_given_back_is_not_renewed() {
-        let mut pop = Pop::default();
-        pop.apply(&popped(1, 0, 60_000, Some("c"), &[0]));
-        pop.client_seen("c", Timestamp(500));
-        pop.apply(&Change::Visible { cursor: key(), offset: 0, visible_at: Timestamp(1000), renewal: false });
-        assert_eq!(pop.due(Timestamp(1000), 9), [Due::Move(key(), 0)]);
-    }
-
-    #[test]
-    fn a_checkpoint_holds_everything() {
-        let mut pop = Pop::default();
-        pop.apply(&popped(5, 7, 100, Some("c"), &[0, 3, 4]));
-        pop.apply(&done(&[3, 9], false));
-        let kv = MemKv::default();
-        let mut batch = Batch::default();
-        pop.checkpoint(&mut batch);
-        kv.write(&batch, true).unwrap();
-        let loaded = Pop::load(&kv, Timestamp(0)).unwrap();
-        assert_eq!(loaded.lag(&key()), pop.lag(&key()));
-        assert_eq!(loaded.due, pop.due);
-        assert!(loaded.is_settled_ahead(&key(), 9));
-        pop.apply(&Change::PutGroup(GroupConfig {
-            deleted: true,
-            ..GroupConfig::concurrent(Group::stored("g"))
-        }));
-        let mut batch = Batch::default();
-        pop.checkpoint(&mut batch);
-        kv.write(&batch, true).unwrap();
-        assert_eq!(Pop::load(&kv, Timestamp(0)).unwrap().cursors(&Group::stored("g")), []);
-    }
-}
+mod tests;
