@@ -92,6 +92,8 @@ impl Suite {
         let mut server = Server::start(dir.path(), &["dev", "--data", &data_text, "--port", &port_text]);
         let (group, endpoint) = (format!("{}-fifo", self.name), format!("127.0.0.1:{port}"));
         run(&["group", "create", &group, "--order", "fifo", "--endpoint", &endpoint]);
+        // Node.js knows no other kind of back-off, and takes a message that failed for a dead letter without one.
+        run(&["group", "set", &group, "--exponential", "1s", "10s", "--endpoint", &endpoint]);
         self.disturbed("kinds", dir.path(), port, || {
             server.kill();
             server.start_again();

@@ -187,8 +187,8 @@ pub enum GroupCommand {
         /// Wait before each delivery: 1s,5s,30s (the last one for all after it)
         #[arg(long, value_delimiter = ',', value_parser = duration_ms, conflicts_with = "exponential")]
         backoff: Vec<i64>,
-        /// Wait from FIRST on, twice as long each time, up to MAX: 5s,2h
-        #[arg(long, value_delimiter = ',', value_parser = duration_ms, num_args = 2, value_names = ["FIRST", "MAX"])]
+        /// Wait as long as FIRST, then twice as long each time, up to MAX: 5s 2h
+        #[arg(long, value_parser = duration_ms, num_args = 2, value_names = ["FIRST", "MAX"])]
         exponential: Vec<i64>,
         #[command(flatten)]
         remote: Remote,

@@ -5,8 +5,9 @@ import { createInterface } from 'node:readline';
 
 // FERRY_NODE_MODULES: where tools/clients.sh installed the client.
 const require = createRequire(`${process.env.FERRY_NODE_MODULES}/`);
-const { ConsumeResult, FilterExpression, Producer, PushConsumer, SimpleConsumer, TransactionResolution } =
-  require('rocketmq-client-nodejs');
+const { ConsumeResult, FilterExpression, Producer, PushConsumer, SimpleConsumer } = require('rocketmq-client-nodejs');
+// TransactionResolution, which this client does not export.
+const [UNKNOWN, COMMIT] = [0, 1];
 
 const [endpoints, prefix, mode] = process.argv.slice(2);
 const quiet = { debug() {}, info() {}, warn() {}, error() {} };
@@ -158,7 +159,7 @@ async function kinds() {
   const recalled = await timer.send({ ...message(delay, 'recalled'), deliveryTimestamp: new Date(due) });
   const checker = {
     async check(m) {
-      return m.body.toString() === 'orphan' ? TransactionResolution.COMMIT : TransactionResolution.TRANSACTION_RESOLUTION_UNSPECIFIED;
+      return m.body.toString() === 'orphan' ? COMMIT : UNKNOWN;
     },
   };
   const transactional = new Producer({ ...common, topics: [tx], checker });
