@@ -33,12 +33,16 @@ pub fn group_to_wire(config: &GroupConfig) -> internal::GroupConfig {
         name: config.group.as_str().into(),
         fifo: config.fifo,
         max_attempts: config.max_attempts,
-        backoff: Some(match &config.backoff {
-            Backoff::Steps(steps) => internal::Backoff { steps: steps.clone(), ..Default::default() },
-            Backoff::Exponential { initial, max, multiplier } => {
-                internal::Backoff { steps: Vec::new(), initial: *initial, max: *max, multiplier: *multiplier }
-            }
-        }),
+        backoff: match &config.backoff {
+            backoff if *backoff == Backoff::default() => None,
+            Backoff::Steps(steps) => Some(internal::Backoff { steps: steps.clone(), ..Default::default() }),
+            Backoff::Exponential { initial, max, multiplier } => Some(internal::Backoff {
+                steps: Vec::new(),
+                initial: *initial,
+                max: *max,
+                multiplier: *multiplier,
+            }),
+        },
         version: config.version,
         deleted: config.deleted,
     }

@@ -87,14 +87,8 @@ fn backoff(g: &GroupConfig) -> String {
         Some(b) if b.steps.is_empty() => {
             format!("{} to {}, times {}", time(b.initial), time(b.max), b.multiplier as f64 / 100.0)
         }
-        Some(b) if Backoff::eq(b, &default_backoff()) => "default".into(),
         Some(b) => b.steps.iter().map(|ms| time(*ms)).collect::<Vec<_>>().join(","),
     }
-}
-
-fn default_backoff() -> Backoff {
-    let config = model::GroupConfig::concurrent(model::Group::stored(""));
-    apis::convert::metadata::group_to_wire(&config).backoff.unwrap_or_default()
 }
 
 async fn find(admin: &mut client::Admin, group: &str) -> anyhow::Result<GroupConfig> {

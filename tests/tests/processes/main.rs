@@ -229,7 +229,7 @@ fn a_port_in_use_a_locked_folder_and_a_newer_format_are_clear_errors() {
     std::fs::write(dir.path().join("data/format"), "ferrymq 99\n").unwrap();
     let (code, error) = ferry_fails(&["dev", "--data", data, "--port", "0"]);
     assert!(
-        code == 1 && error.contains("has format 99, this binary knows up to 2; use a newer ferry"),
+        code == 1 && error.contains("has format 99, this binary knows up to 3; use a newer ferry"),
         "{error}"
     );
 
@@ -272,7 +272,13 @@ fn commands_fail_with_a_code_and_a_fix() {
             "TOPIC_NOT_FOUND (40402): topic none does not exist; create it with",
         ),
         (vec!["group", "lag", "none"], "CONSUMER_GROUP_NOT_FOUND (40403)"),
-        (vec!["group", "create", "g", "--order", "fifo"], "NOT_IMPLEMENTED (50100)"),
+        (vec!["group", "set", "none", "--max-attempts", "3"], "CONSUMER_GROUP_NOT_FOUND (40403)"),
+        (vec!["group", "reset", "none", "--to", "1h"], "CONSUMER_GROUP_NOT_FOUND (40403)"),
+        (vec!["send", "t", "x", "--in", "1h"], "MESSAGE_PROPERTY_CONFLICT_WITH_TYPE (40014)"),
+        (vec!["send", "mixed", "x", "--in", "41d"], "ILLEGAL_DELIVERY_TIME (40012)"),
+        (vec!["schedule", "cancel", "t", "nonsense"], "BAD_REQUEST (40000): the recall handle is malformed"),
+        (vec!["tx", "resolve", "t", "nonsense", "commit"], "INVALID_TRANSACTION_ID (40008)"),
+        (vec!["dlq", "replay", "none"], "TOPIC_NOT_FOUND (40402)"),
         (vec!["send", "t", ""], "MESSAGE_BODY_EMPTY (41302)"),
     ] {
         let args: Vec<&str> = args.into_iter().chain(at).collect();
@@ -367,9 +373,44 @@ fn what_is_held_in_memory_is_shown_against_its_bounds() {
 /// The README's transcript, line by line, against a server. `<…>` stands for anything.
 #[test]
 fn the_readme_tells_the_truth() {
-    let readme = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../README.md")).unwrap();
-    let transcript =
-        readme.split("```console\n").nth(1).and_then(|rest| rest.split("```").next()).expect("a transcript");
+    transcripts("README.md");
+}
+
+#[test]
+fn the_kinds_are_as_they_are_shown() {
+    transcripts("docs/kinds.md");
+}
+
+/// What is between the fences of a language.
+fn blocks(text: &str, language: &str) -> String {
+    let fence = format!("```{language}\n");
+    text.split(&fence).skip(1).filter_map(|rest| rest.split("```").next()).collect()
+}
+
+/// Every line of the examples is one that a client's suite runs.
+#[test]
+fn the_examples_are_executed() {
+    let home = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let docs = std::fs::read_to_string(home.join("../docs/kinds.md")).unwrap();
+    for (language, suite) in [
+        ("python", "python/suite.py"),
+        ("java", "java/Suite.java"),
+        ("go", "go/main.go"),
+        ("js", "node/suite.mjs"),
+        ("rust", "rust/src/main.rs"),
+    ] {
+        let source = std::fs::read_to_string(home.join("clients").join(suite)).unwrap();
+        let examples = blocks(&docs, language);
+        assert!(examples.lines().count() >= 4, "{language}");
+        for line in examples.lines() {
+            assert!(source.contains(line.trim()), "{suite} does not do this: {line}");
+        }
+    }
+}
+
+fn transcripts(page: &str) {
+    let page = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(page)).unwrap();
+    let transcript = blocks(&page, "console");
     let dir = tempfile::tempdir().unwrap();
     let port = free_port();
     let _server = dev(dir.path(), port, &[]);
@@ -380,7 +421,7 @@ fn the_readme_tells_the_truth() {
             None => commands.last_mut().expect("a command first").1.push(line.trim_end().to_owned()),
         }
     }
-    assert!(commands.len() >= 6);
+    assert!(commands.len() >= 3);
     for (command, want) in commands {
         let out = Command::new("sh")
             .args(["-c", &command])
