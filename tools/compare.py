@@ -32,7 +32,23 @@ CASES = [
     ("receive1", "receive and ack, one by one", "receive", ["--topic", "one", "--batch", "1"], 1, True),
     ("e2e", "end to end at 500/s", "e2e", ["--topic", "e2e"], 1, False),
 ]
+# With --kinds: what the other kinds of message cost beside normal ones. A transaction is sent, committed and put into its
+# queue; a scheduled message is sent and delivered half a second later.
+KINDS = [
+    ("send64", "normal messages, 64 in flight", "send", ["--topic", "one"], 1, False),
+    ("fifo", "FIFO, 1,000 message groups, 64 in flight", "send", ["--topic", "fifo", "--kind", "fifo"], 1, False),
+    ("delay", "scheduled and delivered, 64 in flight", "send", ["--topic", "delay", "--kind", "delay", "--ahead", "500"], 1, False),
+    ("tx", "transactions sent and committed, 64 in flight", "send", ["--topic", "tx", "--kind", "transaction"], 1, False),
+    ("many", "normal messages, 32 a call", "send", ["--topic", "many", "--batch", "32"], 1.5, False),
+    ("receive32", "normal messages received and acknowledged in 32s", "receive", ["--topic", "many", "--batch", "32"], 1, False),
+    ("receive-fifo", "FIFO received and acknowledged in 32s", "receive",
+     ["--topic", "fifo", "--group", "ordered", "--batch", "32"], 1, False),
+    ("late", "how late scheduled messages are, 500/s", "e2e", ["--topic", "late", "--kind", "delay", "--ahead", "1500"], 1.5, False),
+]
+TYPES = {"fifo": "FIFO", "delay": "DELAY", "late": "DELAY", "tx": "TRANSACTION"}
 GOALS = {
+    "fifo": "≤ 2 times normal", "delay": "≤ 2 times normal", "tx": "≤ 4 times normal", "many": "–", "receive-fifo": "≤ 2 times normal",
+    "late": "p99 ≤ 20 ms",
     "send64": "≤ 33 µs async, ≤ 36 sync", "send1": "p50 ≤ 0.18 async, ≤ 0.30 ms sync", "send32": "≤ 5 µs",
     "receive32": "≤ 6 µs async, ≤ 7 sync", "receive1": "≤ 80 µs", "e2e": "p50 ≤ 0.4, p99 ≤ 2 ms; sync p50 ≤ 0.7",
 }
@@ -93,12 +109,16 @@ class Server:
 
     def prepare(self):
         if self.kind.startswith("apache"):
-            for topic in ("one", "many", "e2e"):
-                self.admin("updateTopic", "-c", "DefaultCluster", "-t", topic, "-r", "8", "-w", "8", "-a", "+message.type=NORMAL",
-                           want="success")
+            for topic in ("one", "many", "e2e", *TYPES):
+                self.admin("updateTopic", "-c", "DefaultCluster", "-t", topic, "-r", "8", "-w", "8", "-a",
+                           f"+message.type={TYPES.get(topic, 'NORMAL')}", want="success")
+            self.admin("updateSubGroup", "-c", "DefaultCluster", "-g", "ordered", "-s", "true", "-o", "true", want="success")
             self.admin("updateSubGroup", "-c", "DefaultCluster", "-g", "bench", "-s", "true", want="success")
             for topic in ("one", "many", "e2e"):
                 self.await_route(topic)
+        elif self.kind != "ceiling":
+            subprocess.run([FERRY, "group", "create", "ordered", "--order", "fifo", "--endpoint", f"127.0.0.1:{PORT}"],
+                           stdout=subprocess.DEVNULL, check=True)
 
     def await_route(self, topic):
         """The proxy learns of a new topic from the name server after a while."""
@@ -148,7 +168,7 @@ def one_round(kind, args):
             bench(server, "send", ["--topic", "one"], args.warm, 1)
             bench(server, "send", ["--topic", "many", "--batch", "32"], max(args.warm // 3, 1), 1)
         result["idle_mib"] = memory_mib(server.pid)
-        for name, _, command, more, factor, on_ceiling in CASES:
+        for name, _, command, more, factor, on_ceiling in args.cases:
             if kind == "ceiling" and not on_ceiling:
                 continue
             result[name] = bench(server, command, more, max(int(args.seconds * factor), 1), 1)
@@ -187,9 +207,9 @@ def cell(runs, name, key):
     return short(got[0]) if len(runs) == 1 else f"{short(got[0])} ({short(got[1])}–{short(got[2])})"
 
 
-def table(results, kinds):
+def table(results, kinds, cases):
     lines = []
-    for name, what, *_ in CASES:
+    for name, what, *_ in cases:
         lines += [f"**{what}** (goal: {GOALS[name]})", "",
                   "| server | messages/s | server CPU µs a message | p50 ms | p99 ms | p99.9 ms |", "|---|---|---|---|---|---|"]
         for kind in kinds:
@@ -210,12 +230,12 @@ def table(results, kinds):
     return lines
 
 
-def picture(results, kinds):
+def picture(results, kinds, cases):
     """Server CPU per message, one bar a server, each case on its own scale."""
     colours = {"apache-async": "#c0504d", "apache-sync": "#e0a09e", "ferry-async": "#1f6f8b", "ferry-sync": "#7fb3c4", "ceiling": "#999999"}
     width, row, gap, left, top = 760, 18, 26, 130, 54
     out, y = [], top
-    for name, what, *_ in CASES:
+    for name, what, *_ in cases:
         bars = [(k, statistics.median([r[name]["server_cpu_us_per_message"] for r in results[k] if name in r]))
                 for k in kinds if any(name in r for r in results[k])]
         if not bars:
@@ -246,16 +266,17 @@ def write(results, kinds, args, commit):
     rounds = len(results[kinds[-1]])
     about = {"commit": commit, "machine": machine(), "date": time.strftime("%Y-%m-%d"), "rounds": rounds, "seconds": args.seconds}
     docs = os.path.join(HOME, "docs")
-    with open(os.path.join(docs, "benchmarks.json"), "w") as f:
+    name, what = ("benchmarks-kinds", "kinds") if args.kinds else ("benchmarks", "compare")
+    with open(os.path.join(docs, f"{name}.json"), "w") as f:
         json.dump({"about": about, "runs": results}, f, indent=1)
-    with open(os.path.join(docs, "benchmarks.svg"), "w") as f:
-        f.write(picture(results, kinds))
+    with open(os.path.join(docs, f"{name}.svg"), "w") as f:
+        f.write(picture(results, kinds, args.cases))
     path = os.path.join(docs, "benchmarks.md")
     text = open(path).read()
-    begin, end = "<!-- compare: begin -->\n", "<!-- compare: end -->"
-    intro = (f"`tools/compare.py --rounds {rounds} --seconds {args.seconds}`, commit {commit}, {about['date']}, {about['machine']}. "
+    begin, end = f"<!-- {what}: begin -->\n", f"<!-- {what}: end -->"
+    intro = (f"`tools/compare.py{' --kinds' if args.kinds else ''} --rounds {rounds} --seconds {args.seconds}`, commit {commit}, {about['date']}, {about['machine']}. "
              "Median (least–most) of the rounds.\n\n")
-    new = begin + intro + "\n".join(table(results, kinds)) + "\n\n![Server CPU per message](benchmarks.svg)\n\n" + end
+    new = begin + intro + "\n".join(table(results, kinds, args.cases)) + f"\n\n![Server CPU per message]({name}.svg)\n\n" + end
     text = text[:text.index(begin)] + new + text[text.index(end) + len(end):]
     open(path, "w").write(text)
 
@@ -266,11 +287,13 @@ def main():
     p.add_argument("--seconds", type=int, default=6, help="measured time of a case")
     p.add_argument("--warm", type=int, default=30, help="warm-up of a JVM, seconds")
     p.add_argument("--idle", type=int, default=5, help="seconds of idling that are measured")
-    p.add_argument("--servers", default=",".join(SERVERS))
+    p.add_argument("--servers", default=None, help=",".join(SERVERS))
     p.add_argument("--folder", default=None, help="where servers keep their data")
+    p.add_argument("--kinds", action="store_true", help="FIFO, scheduled messages and transactions beside normal ones")
     p.add_argument("--smoke", action="store_true", help="one short round without Apache; writes nothing")
     args = p.parse_args()
-    kinds = args.servers.split(",")
+    args.cases = KINDS if args.kinds else CASES
+    kinds = args.servers.split(",") if args.servers else ["apache-async", "ferry-async"] if args.kinds else SERVERS
     if args.smoke:
         args.rounds, args.seconds, args.idle, kinds = 1, 1, 1, ["ferry-async", "ceiling"]
         if not os.path.exists(FERRY):
@@ -284,7 +307,7 @@ def main():
             print(f"round {number + 1} of {args.rounds}: {kind}", flush=True)
             results[kind].append(one_round(kind, args))
         if args.smoke:
-            print("\n".join(table(results, kinds)))
+            print("\n".join(table(results, kinds, args.cases)))
         else:
             write(results, kinds, args, commit)
             print(f"round {number + 1} is in docs/benchmarks.md, .svg and .json", flush=True)

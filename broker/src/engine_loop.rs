@@ -388,8 +388,8 @@ impl EngineLoop {
         }
         let sync = self.engine.flush_mode() == FlushMode::Sync;
         for (_, answer, popped) in popped {
-            // What is in order must be so even after a power loss.
-            if sync && popped.iter().any(|p| p.attempt.is_some()) {
+            // What is in order must be in the log, and in sync flush on the disk, before anybody sees it.
+            if (sync || changes.is_err()) && popped.iter().any(|p| p.attempt.is_some()) {
                 replies.push(Reply::Popped(answer, popped));
                 continue;
             }
@@ -413,7 +413,13 @@ impl EngineLoop {
         let mut pending = Vec::new();
         for reply in replies {
             match &changes {
-                Err(e) if reply.needs_changes() => drop(reply.send(Err(error::of_store(e)))),
+                Err(e) if reply.needs_changes() => {
+                    if let Reply::Popped(_, popped) = &reply {
+                        let receipts: Vec<_> = popped.iter().map(|p| p.receipt.clone()).collect();
+                        self.release(&receipts, now);
+                    }
+                    drop(reply.send(Err(error::of_store(e))));
+                }
                 _ if self.engine.flush_mode() == FlushMode::Sync => pending.push(reply),
                 _ => {
                     if let Some(Command::Release(receipts)) = reply.send(Ok(())) {

@@ -11,7 +11,7 @@ use apis::convert::receive::{duration, timestamp};
 use apis::v2::receive_message_response::Content;
 use apis::v2::*;
 use bytes::Bytes;
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use hdrhistogram::Histogram;
 use serde_json::{Value, json};
 use tokio::sync::Mutex;
@@ -68,11 +68,34 @@ pub struct BenchArgs {
     /// Messages a second (e2e)
     #[arg(long, default_value_t = 500)]
     pub rate: u64,
+    /// What is sent. A transaction is sent and committed; scheduled messages are measured by how late they are
+    #[arg(long, value_enum, default_value = "normal")]
+    pub kind: Kind,
+    /// Message groups (fifo)
+    #[arg(long, default_value_t = 1000)]
+    pub message_groups: u64,
+    /// Scheduled this far ahead, ms (delay)
+    #[arg(long, default_value_t = 1000)]
+    pub ahead: i64,
+    /// Scheduled up to this much later than that, ms (delay)
+    #[arg(long, default_value_t = 0)]
+    pub spread: i64,
+    /// Stop after this many messages
+    #[arg(long, default_value_t = u64::MAX, hide_default_value = true)]
+    pub count: u64,
     /// The server's process: its CPU time per message is shown
     #[arg(long)]
     pub pid: Option<u32>,
     #[command(flatten)]
     pub remote: Remote,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Kind {
+    Normal,
+    Fifo,
+    Delay,
+    Transaction,
 }
 
 /// A receiver's latencies are added to everybody's this often.
@@ -142,7 +165,10 @@ pub async fn run(command: BenchCommand) -> anyhow::Result<()> {
                 BenchCommand::Send(_) | BenchCommand::Ceiling(_) => {
                     drop(workers.spawn(send(client, meter, args, number)));
                 }
-                BenchCommand::Receive(_) => drop(workers.spawn(receive(client, meter, args, queue, false))),
+                BenchCommand::Receive(_) => {
+                    let late = args.kind == Kind::Delay;
+                    drop(workers.spawn(receive(client, meter, args, queue, late)));
+                }
                 BenchCommand::E2e(_) => drop(workers.spawn(receive(client, meter, args, queue, true))),
             }
         }
@@ -179,6 +205,9 @@ async fn measure(meter: &Meter, args: &BenchArgs) -> (f64, Option<Duration>) {
     meter.measuring.store(true, Ordering::Relaxed);
     let mut last = 0;
     for second in 1..=args.duration {
+        if last >= args.count {
+            break;
+        }
         tokio::time::sleep_until((began + Duration::from_secs(second)).into()).await;
         let now = meter.messages.load(Ordering::Relaxed);
         if std::io::stderr().is_terminal() {
@@ -238,8 +267,17 @@ fn topic_of(args: &BenchArgs, call: u64) -> String {
     }
 }
 
-fn message(topic: &str, body: &Bytes, sequence: u64) -> Message {
+fn message(args: &BenchArgs, topic: &str, body: &Bytes, sequence: u64) -> Message {
     let sent = now_us();
+    // Spread evenly, and the same way every time.
+    let later = sequence.wrapping_mul(0x9E37_79B9_7F4A_7C15) % (args.spread.max(0) as u64 + 1);
+    let due = sent as i64 / 1000 + args.ahead + later as i64;
+    let kind = match args.kind {
+        Kind::Normal => MessageType::Normal,
+        Kind::Fifo => MessageType::Fifo,
+        Kind::Delay => MessageType::Delay,
+        Kind::Transaction => MessageType::Transaction,
+    };
     Message {
         topic: resource(topic),
         user_properties: HashMap::from([("sent".to_owned(), sent.to_string())]),
@@ -248,7 +286,10 @@ fn message(topic: &str, body: &Bytes, sequence: u64) -> Message {
             keys: vec![format!("k{sequence}")],
             message_id: message_id(sequence),
             body_encoding: Encoding::Identity.into(),
-            message_type: MessageType::Normal.into(),
+            message_type: kind.into(),
+            message_group: (args.kind == Kind::Fifo)
+                .then(|| format!("g{}", sequence % args.message_groups.max(1))),
+            delivery_timestamp: (args.kind == Kind::Delay).then(|| timestamp(due)),
             born_timestamp: Some(timestamp(sent as i64 / 1000)),
             born_host: "bench".into(),
             ..Default::default()
@@ -265,16 +306,31 @@ async fn send_once(
 ) -> anyhow::Result<()> {
     // Calls of one worker and of different workers go to different topics.
     let topic = topic_of(args, sequence / args.batch as u64 + (sequence >> 24));
-    let messages = (0..args.batch as u64).map(|i| message(&topic, body, sequence + i)).collect();
+    let messages = (0..args.batch as u64).map(|i| message(args, &topic, body, sequence + i)).collect();
     let reply = client.send_message(SendMessageRequest { messages }).await.map_err(failed)?.into_inner();
-    check(reply.status.as_ref())
+    check(reply.status.as_ref())?;
+    if args.kind == Kind::Transaction {
+        for entry in reply.entries {
+            let request = EndTransactionRequest {
+                topic: resource(&topic),
+                message_id: entry.message_id,
+                transaction_id: entry.transaction_id,
+                resolution: TransactionResolution::Commit.into(),
+                source: TransactionSource::SourceClient.into(),
+                trace_context: String::new(),
+            };
+            let reply = client.end_transaction(request).await.map_err(failed)?.into_inner();
+            check(reply.status.as_ref())?;
+        }
+    }
+    Ok(())
 }
 
 async fn send(mut client: Messaging, meter: Arc<Meter>, args: BenchArgs, number: usize) {
     let body = Bytes::from(vec![b'x'; args.size]);
     let mut sequence = (number as u64) << 24;
     let mut own = Histogram::new_with_bounds(1, 120_000_000, 3).expect("the bounds are valid");
-    while meter.running() {
+    while meter.running() && meter.messages.load(Ordering::Relaxed) < args.count {
         let began = Instant::now();
         match send_once(&mut client, &args, &body, sequence).await {
             Ok(()) => meter.count(args.batch as u64, began.elapsed(), &mut own),
@@ -319,8 +375,11 @@ async fn receive(mut client: Messaging, meter: Arc<Meter>, args: BenchArgs, queu
             Ok(messages) if e2e => {
                 let now = now_us();
                 for m in &messages {
-                    let sent = m.user_properties.get("sent").and_then(|s| s.parse().ok()).unwrap_or(now);
-                    meter.count(1, Duration::from_micros(now.saturating_sub(sent)), &mut own);
+                    meter.count(
+                        1,
+                        Duration::from_micros(now.saturating_sub(expected(m).unwrap_or(now))),
+                        &mut own,
+                    );
                 }
                 acknowledge(&mut client, &meter, &args, messages).await;
             }
@@ -339,6 +398,13 @@ async fn receive(mut client: Messaging, meter: Arc<Meter>, args: BenchArgs, queu
         }
     }
     let _ = meter.latency.lock().await.add(own);
+}
+
+/// When it was to arrive, µs: when it was sent, or when it is due.
+fn expected(m: &Message) -> Option<u64> {
+    let due = m.system_properties.as_ref().and_then(|s| s.delivery_timestamp);
+    let due = due.map(|at| apis::convert::send::millis(&at) as u64 * 1000);
+    due.or_else(|| m.user_properties.get("sent")?.parse().ok())
 }
 
 async fn acknowledge(client: &mut Messaging, meter: &Meter, args: &BenchArgs, messages: Vec<Message>) {
