@@ -1,7 +1,7 @@
 //! Consumers that wait for a message. They stand in line with the engine, so that no arrival is missed between
 //! looking and waiting, and one arrival wakes one of them.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 use model::{Group, Topic};
 use store::Popped;
@@ -20,7 +20,8 @@ struct Line {
 
 #[derive(Default)]
 pub struct Waiters {
-    lines: HashMap<Key, Line>,
+    /// Sorted: when the broker ends, those who wait learn of it in an order that does not depend on chance.
+    lines: BTreeMap<Key, Line>,
     /// Who waits for which stored topic: the topic itself, or the group's retry topic.
     wanted: HashMap<Topic, BTreeSet<Key>>,
     count: usize,

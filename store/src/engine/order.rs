@@ -119,8 +119,10 @@ impl Engine {
 
     /// A message without a message group is in order with all others like it.
     fn lane(&mut self, cursor: &CursorKey, offset: u64, entry: Entry) -> Option<Lane> {
-        match self.reader.read(entry.log_offset, entry.size) {
-            Ok(record) => Some(record.property(message::SHARDING_KEY).map_or(0, hash::stable_hash)),
+        match self.reader.properties(entry.log_offset, entry.size) {
+            Ok(properties) => {
+                Some(message::property(&properties, message::SHARDING_KEY).map_or(0, hash::stable_hash))
+            }
             Err(error) => {
                 tracing::error!(topic = %cursor.topic, queue = cursor.queue, offset, %error, "unreadable message skipped");
                 self.unreadable += 1;

@@ -398,6 +398,13 @@ impl LogReader {
         record::decode(&data, offset, if own { Check::Shape } else { self.0.check_at(offset) })
     }
 
+    /// The properties of a record, without verifying it: whoever delivers it does that.
+    pub fn properties(&self, offset: u64, size: u32) -> std::result::Result<Bytes, RecordError> {
+        let data =
+            self.bytes(offset, size as usize, self.is_hot(offset)).map_err(|_| RecordError::NotARecord)?;
+        record::properties(&data).ok_or(RecordError::NotARecord)
+    }
+
     /// Reads the record at an offset, whatever its size.
     pub fn read_at(&self, offset: u64) -> std::result::Result<Record, RecordError> {
         let head = self.bytes(offset, record::BLANK_BYTES as usize, false);

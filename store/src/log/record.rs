@@ -209,26 +209,47 @@ pub fn decode(data: &Bytes, log_offset: u64, check: Check) -> Result<Record, Rec
     if sound { Ok(record) } else { Err(RecordError::Checksum) }
 }
 
+/// The properties of a record that was found by its queue entry; nothing of it is verified but its shape.
+pub fn properties(data: &Bytes) -> Option<Bytes> {
+    let parts = Parts::of(data)?;
+    part(data, parts.properties.0, parts.properties.1)
+}
+
+/// Where the parts of changing length are: offset and length.
+struct Parts {
+    store_time_at: usize,
+    body: (usize, usize),
+    topic: (usize, usize),
+    properties: (usize, usize),
+}
+
+impl Parts {
+    fn of(data: &[u8]) -> Option<Self> {
+        let v2 = get32(data, 4)? == MAGIC_V2;
+        let sys_flag = get32(data, 36)?;
+        let host = |v6: u32| if sys_flag & v6 != 0 { 20 } else { 8 };
+        let store_time_at = 48 + host(message::FLAG_BORN_HOST_V6);
+        // Store time, store host, reconsume times, offset of the prepared message.
+        let body_at = store_time_at + 8 + host(message::FLAG_STORE_HOST_V6) + 12;
+        let body = (body_at + 4, get32(data, body_at)? as usize);
+        let mut at = body.0.checked_add(body.1)?;
+        let topic_len = if v2 { usize::from(get16(data, at)?) } else { usize::from(*data.get(at)?) };
+        at += if v2 { 2 } else { 1 };
+        let topic = (at, topic_len);
+        at += topic_len;
+        let properties = (at + 2, usize::from(get16(data, at)?));
+        (properties.0 + properties.1 == data.len()).then_some(Self { store_time_at, body, topic, properties })
+    }
+}
+
 fn fields(data: &Bytes) -> Option<Record> {
-    let v2 = get32(data, 4)? == MAGIC_V2;
+    let parts = Parts::of(data)?;
     let sys_flag = get32(data, 36)?;
     let mut at = 48;
     let born_host = get_host(data, &mut at, sys_flag & message::FLAG_BORN_HOST_V6 != 0)?;
-    let store_timestamp_ms = get64(data, at)? as i64;
-    at += 8;
+    at = parts.store_time_at + 8;
     let store_host = get_host(data, &mut at, sys_flag & message::FLAG_STORE_HOST_V6 != 0)?;
-    let reconsume_times = get32(data, at)?;
-    at += 12;
-    let body_len = get32(data, at)? as usize;
-    let body = part(data, at + 4, body_len)?;
-    at += 4 + body_len;
-    let topic_len = if v2 { usize::from(get16(data, at)?) } else { usize::from(*data.get(at)?) };
-    at += if v2 { 2 } else { 1 };
-    let topic = std::str::from_utf8(data.get(at..at.checked_add(topic_len)?)?).ok()?.into();
-    at += topic_len;
-    let properties_len = usize::from(get16(data, at)?);
-    let properties = part(data, at + 2, properties_len)?;
-    (at + 2 + properties_len == data.len()).then_some(())?;
+    let topic = data.get(parts.topic.0..parts.topic.0 + parts.topic.1)?;
     Some(Record {
         size: data.len() as u32,
         queue: get32(data, 12)?,
@@ -237,12 +258,12 @@ fn fields(data: &Bytes) -> Option<Record> {
         sys_flag,
         born_timestamp_ms: get64(data, 40)? as i64,
         born_host,
-        store_timestamp_ms,
+        store_timestamp_ms: get64(data, parts.store_time_at)? as i64,
         store_host,
-        reconsume_times,
-        topic,
-        body,
-        properties,
+        reconsume_times: get32(data, at)?,
+        topic: std::str::from_utf8(topic).ok()?.into(),
+        body: part(data, parts.body.0, parts.body.1)?,
+        properties: part(data, parts.properties.0, parts.properties.1)?,
     })
 }
 

@@ -1,6 +1,7 @@
 //! `ferry` as real processes: kill -9 under load, what bad input gets, and the README's transcript.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod operator;
 mod soak;
 
 use std::collections::{BTreeMap, HashMap};
