@@ -227,7 +227,7 @@ impl World {
                 assert!(!sent.delivered, "message {id} was recalled and delivered");
                 self.sent.get_mut(&id).expect("sent").fate = Fate::Recalled;
             }
-            Recall::TooLate if sent.fate == Fate::Recalled => {}
+            Recall::TooLate if sent.fate == Fate::Recalled => panic!("message {id} was recalled"),
             Recall::TooLate => {
                 assert!(due <= self.latest.max(now).0, "message {id} could not be recalled before its time")
             }

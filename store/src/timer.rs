@@ -8,7 +8,7 @@
 //! The record stays in the log until its time; before its file is let go it is written again at the log's end, and only
 //! the row changes. So ten million of them cost rows, not memory.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use model::Timestamp;
 use model::codec::{self, CodecError, Reader};
@@ -51,6 +51,10 @@ pub const FRESH_MAX: usize = 256 * 1024;
 /// The row of [`Family::Covered`] with the number of those pending, the latest due time that was delivered, and how
 /// many each log file holds.
 const SUMMARY: &[u8] = b"timers";
+/// The row with the keys of those taken back, and how many and for how long after their time they are kept.
+const RECALLED: &[u8] = b"recalled";
+const RECALLED_MAX: usize = 16 * 1024;
+const RECALLED_MS: i64 = 3_600_000;
 
 type Overlay = BTreeMap<TimerKey, Option<Held>>;
 /// Rows, and where the next page begins if there is one.
@@ -88,6 +92,9 @@ pub struct Timers {
     pending: u64,
     /// The latest due time of all that were delivered: a clock that went back does not make it the future again.
     delivered_to: Timestamp,
+    /// Lately taken back, so that whoever did not hear of it can ask again after their time.
+    recalled: BTreeSet<TimerKey>,
+    recalled_dirty: bool,
     /// Number of log file -> records in it that wait.
     files: BTreeMap<u64, u64>,
     segment_bytes: u64,
@@ -103,6 +110,8 @@ impl Timers {
             writing: Overlay::new(),
             pending: 0,
             delivered_to: Timestamp(0),
+            recalled: BTreeSet::new(),
+            recalled_dirty: false,
             files: BTreeMap::new(),
             segment_bytes,
             dirty: false,
@@ -115,6 +124,9 @@ impl Timers {
             while !r.is_empty() {
                 timers.files.insert(r.u64().map_err(damaged)?, r.u64().map_err(damaged)?);
             }
+        }
+        if let Some(recalled) = kv.get(Family::Covered, RECALLED)? {
+            timers.recalled = recalled.chunks_exact(16).filter_map(TimerKey::decode).collect();
         }
         timers.refill(kv)?;
         Ok(timers)
@@ -185,6 +197,20 @@ impl Timers {
     /// True if messages of this time have been delivered.
     pub fn has_come(&self, due: Timestamp) -> bool {
         due <= self.delivered_to
+    }
+
+    pub fn was_recalled(&self, key: TimerKey) -> bool {
+        self.recalled.contains(&key)
+    }
+
+    pub fn recall(&mut self, kv: &dyn Kv, key: TimerKey) -> Result<bool> {
+        self.recalled.insert(key);
+        let forgotten = self.delivered_to.plus_ms(-RECALLED_MS);
+        while self.recalled.len() > RECALLED_MAX || self.recalled.first().is_some_and(|k| k.due < forgotten) {
+            self.recalled.pop_first();
+        }
+        self.recalled_dirty = true;
+        self.settle(kv, key)
     }
 
     pub fn deliver(&mut self, kv: &dyn Kv, key: TimerKey) -> Result<bool> {
@@ -259,6 +285,10 @@ impl Timers {
             }
         }
         self.writing = std::mem::take(&mut self.fresh);
+        if std::mem::take(&mut self.recalled_dirty) {
+            let row: Vec<u8> = self.recalled.iter().flat_map(|key| key.encode()).collect();
+            batch.put(Family::Covered, RECALLED, row);
+        }
         if std::mem::take(&mut self.dirty) {
             let mut summary = Vec::new();
             codec::put_u64(&mut summary, self.pending);
@@ -277,7 +307,7 @@ impl Timers {
 
     /// The checkpoint failed: everything must go into the next one.
     pub fn give_back(&mut self) {
-        self.dirty = true;
+        (self.dirty, self.recalled_dirty) = (true, true);
         for (key, held) in std::mem::take(&mut self.writing) {
             self.fresh.entry(key).or_insert(held);
         }

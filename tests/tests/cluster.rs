@@ -194,7 +194,8 @@ async fn remote_brokers_conform() {
 #[test]
 fn simulated_worlds_keep_their_promises() {
     let seeds: u64 = std::env::var("FERRY_SIM_SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(20);
-    for seed in 0..seeds {
+    let first: u64 = std::env::var("FERRY_SIM_FIRST").ok().and_then(|s| s.parse().ok()).unwrap_or(0);
+    for seed in first..first + seeds {
         sim::run(seed);
     }
 }

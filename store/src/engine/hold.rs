@@ -241,7 +241,7 @@ impl Engine {
             return Ok(Recall::Recalled);
         }
         let come = key.due <= now || self.timers.has_come(key.due);
-        Ok(if come { Recall::TooLate } else { Recall::Before })
+        Ok(if come && !self.timers.was_recalled(key) { Recall::TooLate } else { Recall::Before })
     }
 
     /// A page of what is scheduled, and where the next one begins.

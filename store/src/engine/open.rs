@@ -253,7 +253,7 @@ impl Engine {
         self.meta.apply(change);
         match change {
             Change::Recalled(key) => {
-                if let Err(error) = self.timers.settle(&*self.kv, *key) {
+                if let Err(error) = self.timers.recall(&*self.kv, *key) {
                     tracing::error!(%error, "a row of the timers cannot be read");
                 }
             }

@@ -275,6 +275,9 @@ async fn world(seed: u64) -> Vec<String> {
     }
     // Everything comes, at the latest after its invisible time.
     sleep(Duration::from_secs(90)).await;
+    if std::env::var("SIM_TRACE").is_ok() {
+        eprintln!("{}", trace.lines().join("\n"));
+    }
     let facts = facts.borrow();
     assert!(facts.sent.len() > 30, "seed {seed}: only {} messages were sent", facts.sent.len());
     for id in &facts.sent {
