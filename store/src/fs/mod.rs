@@ -17,6 +17,7 @@ use crate::log::map::Map;
 /// The disk that a folder is on, bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Space {
+    /// What is used and what may still be written.
     pub total: u64,
     /// What may still be written.
     pub free: u64,

@@ -61,7 +61,10 @@ impl Fs for OsFs {
 
     fn space(&self, dir: &Path) -> io::Result<Option<Space>> {
         let disk = rustix::fs::statvfs(dir)?;
-        Ok(Some(Space { total: disk.f_blocks * disk.f_frsize, free: disk.f_bavail * disk.f_frsize }))
+        // Blocks that are kept back for the system are neither used nor free, as `df` and the reference see it.
+        let used = disk.f_blocks.saturating_sub(disk.f_bfree);
+        let usable = used.saturating_add(disk.f_bavail);
+        Ok(Some(Space { total: usable * disk.f_frsize, free: disk.f_bavail * disk.f_frsize }))
     }
 
     fn lock(&self, path: &Path) -> io::Result<Box<dyn Any + Send + Sync>> {
@@ -107,5 +110,22 @@ impl File for OsFile {
 
     fn map(&self) -> io::Result<Option<Map>> {
         map::map(&self.0).map(Some)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_used_part_of_a_disk_is_what_df_says() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = std::process::Command::new("df").arg("-P").arg(dir.path()).output().unwrap();
+        let text = String::from_utf8(out.stdout).unwrap();
+        let percent = text.split_whitespace().filter_map(|word| word.strip_suffix('%')).next_back();
+        let said: f64 = percent.unwrap().parse().unwrap();
+        let used = 100.0 * OsFs.space(dir.path()).unwrap().unwrap().used();
+        // It rounds up, and others write meanwhile.
+        assert!((used - said).abs() < 2.0, "df says {said} %, we say {used} %");
     }
 }
